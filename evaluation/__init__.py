@@ -1,0 +1,1 @@
+"""Judging fused weights: metrics, controls, comparisons, tracking, plots and reports."""

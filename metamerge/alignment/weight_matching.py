@@ -1,0 +1,119 @@
+"""Weight matching for any number of members: each member's units are permuted towards the members' barycentre.
+
+Paper: Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
+arXiv:2209.04836, sections 3.2 (weight matching) and A.10 (MergeMany). We differ in three ways: the search starts at
+the medoid rather than at the first member, so the result does not depend on the members' order; all members are
+matched to the current barycentre at once rather than one by one; and families are matched side by side.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from metamerge.structure import Permutation, PermutationSpec
+from metamerge.weights import Weights
+
+_SKETCH = 16  # columns of the random sketch that compares members before they are aligned
+
+
+def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30) -> Permutation:
+    """Permute every member's units to bring all members close to their common mean.
+
+    Coordinate descent on ``sum_k ||P_k w_k - centre||^2`` over groups: each step is a linear assignment. First
+    the centre is the medoid, then the mean of the aligned members, until nothing moves.
+
+    Args:
+        weights: Stacked members of ``f`` families, every tensor ``[f, m, ...]``.
+        spec: Permutation spec of their architecture.
+        sweeps: Upper bound on passes over all groups, in each of the two stages.
+
+    Returns:
+        Group -> ``[f, m, n]``; apply it with ``spec.permute``.
+    """
+    touched = {key: weights[key].detach().double() for key in spec.axes}
+    families, members = next(iter(touched.values())).shape[:2]
+    perm = {g: torch.arange(n).expand(families, members, n) for g, n in spec.groups.items()}
+    start = medoid(touched, spec)
+    rows = torch.arange(families, device=start.device)
+    centre = {key: tensor[rows, start] for key, tensor in touched.items()}
+    perm = _descend(touched, spec, perm, sweeps, lambda aligned: centre)
+    return _descend(touched, spec, perm, sweeps, _mean)
+
+
+def medoid(weights: Weights, spec: PermutationSpec) -> Tensor:
+    """The member that is most like the others, whatever the order of anyone's units.
+
+    Members are compared by ``A^T A R`` for every matrix ``A`` of units by fixed columns (inputs, classes) and a
+    random sketch ``R``: a sum over units, hence blind to their order.
+
+    Args:
+        weights: Stacked members, every tensor ``[f, m, ...]``.
+        spec: Permutation spec of their architecture.
+
+    Returns:
+        Index of the medoid of each family, ``[f]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    families, members = next(iter(weights.values())).shape[:2]
+    distance = torch.zeros(families, members, dtype=torch.float64)
+    for key, factored in spec.axes.items():
+        free = [(axis, f.group) for axis, factors in enumerate(factored) for f in factors if f.group]
+        if len(free) != 1:
+            continue
+        units = spec.unit_rows(key, *free[0], weights[key].double())  # [f, m, n, r]
+        sketch = torch.randn(units.shape[-1], _SKETCH, generator=generator, dtype=torch.float64)
+        fingerprint = (units.mT @ (units @ sketch.to(units.device))).flatten(2)  # [f, m, r * sketch]
+        gaps = torch.cdist(fingerprint, fingerprint).sum(-1)  # [f, m]
+        distance += (gaps / gaps.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
+    return distance.argmin(-1)
+
+
+def matching_cost(weights: Weights, spec: PermutationSpec, perm: Permutation) -> Tensor:
+    """Mean squared distance of the aligned members to their mean, relative to their squared norm.
+
+    Args:
+        weights: Stacked members, every tensor ``[f, m, ...]``.
+        spec: Permutation spec of their architecture.
+        perm: Group -> ``[f, m, n]``.
+
+    Returns:
+        One number per family, ``[f]``; 0 for members that are permutations of each other.
+    """
+    touched = {key: weights[key].double() for key in spec.axes}
+    aligned = spec.permute(touched, perm)
+    spread = sum((t - t.mean(1, keepdim=True)).square().flatten(1).sum(1) for t in aligned.values())
+    size = sum(t.square().flatten(1).sum(1) for t in aligned.values())
+    return spread / size.clamp_min(1e-300)
+
+
+def _descend(weights: Weights, spec: PermutationSpec, perm: Permutation, sweeps: int, centre_of) -> Permutation:
+    for _ in range(sweeps):
+        before = perm
+        centre = centre_of(spec.permute(weights, perm))
+        for group in spec.groups:
+            perm = {**perm, group: _assign(_gain(weights, centre, spec, perm, group))}
+        if all(torch.equal(before[g], perm[g]) for g in perm):
+            break
+    return perm
+
+
+def _mean(aligned: Weights) -> Weights:
+    return {key: tensor.mean(1) for key, tensor in aligned.items()}
+
+
+def _gain(weights: Weights, centre: Weights, spec: PermutationSpec, perm: Permutation, group: str) -> Tensor:
+    """Inner product of every unit of the centre with every unit of every member, ``[f, m, n, n]``."""
+    gain = 0.0
+    for key, axis in spec.touching(group):
+        aligned = spec.permute_tensor(key, weights[key], perm, keep=(axis, group))
+        target = spec.unit_rows(key, axis, group, centre[key])  # [f, n, r]
+        units = spec.unit_rows(key, axis, group, aligned)  # [f, m, n, r]
+        gain = gain + torch.einsum("fir,fmjr->fmij", target, units)
+    return gain
+
+
+def _assign(gain: Tensor) -> Tensor:
+    flat = gain.flatten(0, 1).cpu().numpy()
+    columns = [linear_sum_assignment(g, maximize=True)[1] for g in flat]
+    index = torch.stack([torch.from_numpy(c) for c in columns])
+    return index.reshape(*gain.shape[:2], -1)

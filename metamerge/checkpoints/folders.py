@@ -1,0 +1,72 @@
+"""Read the checkpoint of a folder: one file, or the shards that an index lists."""
+
+import os
+from pathlib import Path
+
+from metamerge.checkpoints.checkpoint import Checkpoint
+from metamerge.checkpoints.files import read_file
+from metamerge.checkpoints.manifests import CHECKPOINT_FORMAT, ZOO_FORMAT, read_manifest
+from metamerge.checkpoints.opening import display
+from metamerge.checkpoints.shards import INDEX_SUFFIX, read_sharded
+from metamerge.errors import Unreadable
+
+SINGLE_NAME = "model.safetensors"
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".dat")
+
+
+def read_folder(folder: Path, max_bytes: int) -> Checkpoint:
+    """Read the one checkpoint that a folder holds.
+
+    An index of shards comes first, then ``model.safetensors``, then the only file with the ending
+    of a checkpoint.
+
+    Args:
+        folder: Folder to look into; folders below it are left alone.
+        max_bytes: Largest number of tensor bytes.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If the folder holds none, several or a damaged one, or is a zoo.
+        IncompatibleWeights: If a tensor cannot be merged.
+    """
+    _check_manifest(folder)
+    names = _names(folder)
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if len(indexes) == 1:
+        return read_sharded(folder / indexes[0], max_bytes)
+    files = [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
+    if SINGLE_NAME in files and not indexes:
+        return read_file(folder / SINGLE_NAME, max_bytes)
+    choices = indexes + files
+    if not choices:
+        raise Unreadable(f"{display(folder)}: holds no checkpoint ({', '.join(_SUFFIXES)}).")
+    if len(choices) > 1:
+        listed = ", ".join(display(name) for name in choices[:10])
+        raise Unreadable(
+            f"{display(folder)}: holds {len(choices)} checkpoint files ({listed}). Give one file."
+        )
+    return read_file(folder / choices[0], max_bytes)
+
+
+def _check_manifest(folder: Path) -> None:
+    """Check that the folder is not a zoo and that nothing of a checkpoint of ours is missing."""
+    manifest = read_manifest(folder)
+    if manifest and manifest["format"] == ZOO_FORMAT:
+        stems = [Path(name).stem for name in manifest["files"]][:10]
+        raise Unreadable(
+            f"{display(folder)}: is a zoo. Address a family as {display(folder)}#<file>/<family>, "
+            f"with <file> one of {stems}."
+        )
+    if manifest and manifest["format"] == CHECKPOINT_FORMAT:
+        missing = [name for name in manifest["files"] if not os.path.lexists(folder / name)]
+        if missing:
+            raise Unreadable(f"{display(folder)}: its manifest lists {missing[:10]}, not found.")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise Unreadable(f"{display(folder)}: cannot be listed ({error.strerror}).") from None

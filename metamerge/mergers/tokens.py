@@ -1,0 +1,133 @@
+"""Neuron tokens: what a merger is told about one unit of one member, in numbers that do not depend on sizes.
+
+Every feature is relative (to the fan-in, to the mean over units, to the barycentre of the members), so a merger
+trained on one width reads another, and none names a layer, a class or a place in the input.
+"""
+
+import torch
+from torch import Tensor
+
+from metamerge.structure import OUTPUTS, Layout
+from metamerge.weights import Weights
+
+UNIT_FEATURES = 14
+CLASS_FEATURES = 8
+
+
+def unit_tokens(members: Weights, layout: Layout, observed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens of all units of all spaces.
+
+    Args:
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Layers of the architecture.
+        observed: Pre-activations on probes per layer, ``[f, m, r, o]``.
+
+    Returns:
+        Space -> ``[f, m, n, UNIT_FEATURES]``.
+    """
+    depth = {space: i / max(1, len(layout.spaces) - 1) for i, space in enumerate(layout.spaces)}
+    return {
+        space: _with_kind(_features(members, layout, observed, space), layout, space, depth[space])
+        for space in layout.spaces
+    }
+
+
+def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
+    """What a member's weights and its logits on probes reveal of how well it knows each class.
+
+    Args:
+        rows: The member's output rows, ``[f, m, c, i]``.
+        bias: Their biases, ``[f, m, c]``.
+        logits: Logits on probes, ``[f, m, r, c]``.
+
+    Returns:
+        ``[f, m, c, CLASS_FEATURES]``.
+    """
+    centred = logits - logits.mean(-1, keepdim=True)
+    scale = centred.std((2, 3), correction=0)[..., None].clamp_min(1e-6)  # [f, m, 1]
+    probability = logits.softmax(-1)
+    norm = rows.norm(dim=-1)
+    typical = norm.mean((1, 2), keepdim=True).clamp_min(1e-6)
+    bias = torch.zeros_like(norm) if bias is None else bias - bias.mean(-1, keepdim=True)
+    features = [
+        norm / typical,
+        rows.sum(-1) / typical / rows.shape[-1] ** 0.5,
+        bias / typical,
+        centred.mean(2) / scale,
+        centred.std(2, correction=0) / scale,
+        centred.amax(2) / scale / 3,
+        (probability.mean(2) + 1e-4).log() / 4,
+        (probability.amax(2) + 1e-4).log() / 4,
+    ]
+    return torch.stack(features, -1)
+
+
+def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], space: str) -> Tensor:
+    """Incoming, outgoing and activation features, ``[f, m, n, 10]``; zero where a space has no such side."""
+    incoming = [layout.matrix(x, members[x.weight]).flatten(3) for x in layout.producers(space)]
+    outgoing = [
+        layout.matrix(x, members[x.weight]).transpose(2, 3).flatten(3) for x in layout.consumers(space)
+    ]
+    zero = members[layout.layers[0].weight].new_zeros(*_lead(members, layout), layout.spaces[space])
+    features = [zero] * 10
+    if incoming:
+        rows = torch.cat(incoming, -1)  # [f, m, n, r]
+        norm = rows.norm(dim=-1)
+        ranks = norm.detach().argsort(-1).argsort(-1) / norm.shape[-1]
+        features[:3] = [
+            _relative(norm),
+            _cosine_to_mean(rows),
+            ranks - ranks.mean(1, keepdim=True),
+        ]
+        features[3] = _biases(members, layout, space, zero) / norm.mean((1, 2), keepdim=True).clamp_min(1e-6)
+        values = sum(observed[x.node] for x in layout.producers(space))  # [f, m, r, n]
+        spread = values.std(2, correction=0)
+        typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
+        features[4:8] = [
+            values.mean(2) / typical,
+            spread / typical,
+            (values / typical[:, :, None]).sigmoid().mean(2),
+            _others(members, layout, space, zero),
+        ]
+    if outgoing:
+        columns = torch.cat(outgoing, -1)
+        features[8:] = [_relative(columns.norm(dim=-1)), _cosine_to_mean(columns)]
+    return torch.stack(features, -1)
+
+
+def _with_kind(features: Tensor, layout: Layout, space: str, depth: float) -> Tensor:
+    """Append what kind of space this is: input, output, made by a linear layer, relative depth."""
+    producers = layout.producers(space)
+    kind = [not producers, space == OUTPUTS, bool(producers) and producers[0].linear, depth]
+    told = features.new_tensor([float(k) for k in kind]).expand(*features.shape[:3], len(kind))
+    return torch.cat([features, told], -1)
+
+
+def _lead(members: Weights, layout: Layout) -> torch.Size:
+    return members[layout.layers[0].weight].shape[:2]
+
+
+def _relative(norm: Tensor) -> Tensor:
+    """Norms relative to their mean over members and units."""
+    return norm / norm.mean((1, 2), keepdim=True).clamp_min(1e-6) - 1
+
+
+def _cosine_to_mean(rows: Tensor) -> Tensor:
+    mean = rows.mean(1, keepdim=True)
+    return (rows * mean).sum(-1) / (rows.norm(dim=-1) * mean.norm(dim=-1)).clamp_min(1e-6)
+
+
+def _biases(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:
+    biases = [members[x.bias] for x in layout.producers(space) if x.bias]
+    return sum(biases, zero)
+
+
+def _others(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:
+    """Mean of the other tensors with one number per unit, such as those of a normalisation."""
+    biases = {layer.bias for layer in layout.layers}
+    others = [
+        members[key]
+        for key, factors in layout.spec.axes.items()
+        if len(factors) == 1 and key not in biases and layout.spec.row_group(key) == space
+    ]
+    return sum(others, zero) / max(1, len(others))

@@ -1,0 +1,256 @@
+"""Refit: rebuild fused weights layer by layer so that every unit computes what its members' mixture computes.
+
+The target of a unit is the mean of its aligned members' pre-activations, rescaled to their mean spread; the fused
+layer is the ridge regression of that target on the fused network's *own* inputs. The idea of restoring the spread
+is REPAIR's (Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023,
+arXiv:2211.08403); regressing on the merged network's inputs is close to RegMean (Jin et al., ICLR 2023,
+arXiv:2212.09849) and PLeaS (Nasery et al., arXiv:2407.02447). We regress the *correction* to the fused weights, so that
+a strong ridge gives them back unchanged, and every step can be differentiated through.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metamerge.structure import Execution, Layer, Layout
+from metamerge.structure.lockstep import Lane
+from metamerge.structure.program import Node
+from metamerge.weights import Weights
+
+MAX_ROWS = 4096  # regression rows per layer; positions of feature maps are subsampled to stay below
+
+
+class Target(NamedTuple):
+    """What a layer is fitted to: pre-activations ``[f, r, o]``, and how far to go, from 0 (not at all) to 1."""
+
+    value: Tensor
+    strength: Tensor | float
+
+
+Targets = Callable[[Layer, Tensor], Target]
+"""Layer and members' pre-activations ``[f, m, r, o]`` -> target."""
+
+
+def refit(
+    fused: Weights,
+    members: Weights,
+    layout: Layout,
+    inputs: Tensor,
+    *,
+    targets: Targets | None = None,
+    ridge: Tensor | float = 1e-2,
+) -> Weights:
+    """Fit every layer of fused weights to its members' mixture on the given inputs.
+
+    The first layer, whose inputs are those of the members, is only rescaled: there the mixture is exact.
+
+    Args:
+        fused: Starting weights of ``f`` families, ``[f, ...]``.
+        members: Their aligned members, ``[f, m, ...]``.
+        layout: Layers of the architecture.
+        inputs: Calibration inputs or learned probes, ``[b, ...]``.
+        targets: Targets per layer; by default the rescaled mean of the members.
+        ridge: Strength of the pull towards the starting weights, relative to the mean square of the inputs.
+
+    Returns:
+        New weights ``[f, ...]``.
+    """
+    observed = observe(members, layout, inputs)
+    return construct(fused, observed, layout, inputs, targets=targets or mean_target, ridge=ridge)
+
+
+def observe(members: Weights, layout: Layout, inputs: Tensor) -> dict[str, Tensor]:
+    """Pre-activations of every layer of every member.
+
+    Args:
+        members: Aligned members of ``f`` families, ``[f, m, ...]``.
+        layout: Layers of the architecture.
+        inputs: ``[b, ...]``.
+
+    Returns:
+        Node of the layer -> ``[f, m, r, o]``, where rows are images, or images by positions, subsampled.
+    """
+    families, count = next(iter(members.values())).shape[:2]
+    flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
+    execution = Execution(layout.program, flat, [inputs], stacked=True)
+    observed = {}
+    for node in layout.program.nodes:
+        lane = execution.step(node)
+        if node.name in layout.by_node:
+            rows = _rows(lane.value, layout.by_node[node.name])  # [f*m, r, o]
+            observed[node.name] = rows.unflatten(0, (families, count))
+    return observed
+
+
+def construct(
+    fused: Weights,
+    observed: dict[str, Tensor],
+    layout: Layout,
+    inputs: Tensor,
+    *,
+    targets: Targets,
+    ridge: Tensor | float,
+) -> Weights:
+    """The second half of ``refit``: run the fused network and fit each layer when the pass reaches it.
+
+    Args:
+        fused: Starting weights, ``[f, ...]``.
+        observed: What ``observe`` returned.
+        layout: Layers of the architecture.
+        inputs: The inputs that were observed, ``[b, ...]``.
+        targets: Targets per layer.
+        ridge: See ``refit``.
+
+    Returns:
+        New weights ``[f, ...]``.
+    """
+    fitted = dict(fused)
+    execution = Execution(layout.program, fitted, [inputs], stacked=True)
+    for node in layout.program.nodes:
+        layer = layout.by_node.get(node.name)
+        if layer is not None:
+            target = targets(layer, observed[node.name])
+            weight = fused[layer.weight]
+            bias = fused[layer.bias] if layer.bias else None
+            lane = execution.argument(node, 0)
+            step = _rescale if not lane.stacked else _regress
+            weight, bias = step(node, layer, lane, weight, bias, target, ridge)
+            fitted[layer.weight] = weight
+            if layer.bias:
+                fitted[layer.bias] = bias
+        execution.step(node)
+    return fitted
+
+
+def mean_target(layer: Layer, observed: Tensor) -> Target:
+    """The plain mean of the members, rescaled to their mean standard deviation."""
+    weights = torch.full_like(observed[:, :, :1, :1].squeeze(2), 1 / observed.shape[1])
+    return Target(mixed_target(observed, weights), 1.0)
+
+
+def mixed_target(observed: Tensor, mixing: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """Mix the members' pre-activations per unit and restore the spread that mixing lost.
+
+    Args:
+        observed: ``[f, m, r, o]``.
+        mixing: Coefficients that sum to 1 over members, ``[f, m, o]`` or ``[f, m, 1]``.
+        gain: Factor on the restored spread, ``[f, o]`` or a number.
+
+    Returns:
+        ``[f, r, o]``.
+    """
+    mixed = (observed * mixing[:, :, None]).sum(1)  # [f, r, o]
+    mean = mixed.mean(1, keepdim=True)
+    spread = _std(observed, 2)  # [f, m, o]
+    wanted = (spread * mixing).sum(1) * gain  # [f, o]
+    return mean + (mixed - mean) * (wanted / _std(mixed, 1))[:, None]
+
+
+def _std(values: Tensor, dim: int) -> Tensor:
+    """Standard deviation that can be differentiated where a unit is constant."""
+    return (values.var(dim, correction=0) + 1e-8).sqrt()
+
+
+def _rescale(
+    node: Node,
+    layer: Layer,
+    lane: Lane,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    ridge: Tensor | float,
+) -> tuple[Tensor, Tensor | None]:
+    """Give each unit the target's spread; inputs are shared, so direction and mean are right already."""
+    shape = (*weight.shape[:2], *[1] * (weight.ndim - 2))
+    rows = _inputs(node, layer, lane, weight)  # [1, r, i]
+    current = rows @ weight.flatten(2).mT
+    current = current if bias is None else current + bias[:, None]
+    factor = _std(target.value, 1) / _std(current, 1)  # [f, o]
+    factor = 1 + target.strength * (factor - 1)
+    if bias is None:
+        return weight * factor.reshape(shape), None
+    mean = current.mean(1)
+    wanted = mean + target.strength * (target.value.mean(1) - mean)
+    return weight * factor.reshape(shape), wanted + factor * (bias - mean)
+
+
+def _regress(
+    node: Node,
+    layer: Layer,
+    lane: Lane,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    ridge: Tensor | float,
+) -> tuple[Tensor, Tensor | None]:
+    rows = _inputs(node, layer, lane, weight)  # [f, r, i]
+    current = torch.bmm(rows, weight.flatten(2).mT)
+    if bias is not None:
+        current = current + bias[:, None]
+    miss = target.value - current  # [f, r, o]
+    offset = 0.0
+    if bias is not None:  # centring both sides is regression with a free bias
+        centre, offset = rows.mean(1, keepdim=True), miss.mean(1, keepdim=True)
+        change = solve_ridge(rows - centre, miss - offset, ridge)  # [f, i, o]
+        bias = bias + target.strength * (offset - torch.bmm(centre, change)).squeeze(1)
+    else:
+        change = solve_ridge(rows, miss, ridge)
+    return weight + target.strength * change.mT.reshape(weight.shape), bias
+
+
+def solve_ridge(inputs: Tensor, targets: Tensor, ridge: Tensor | float) -> Tensor:
+    """Ridge regression in closed form, in kernel form where inputs have more columns than rows.
+
+    Args:
+        inputs: ``[f, r, i]``.
+        targets: ``[f, r, o]``.
+        ridge: Relative to the mean square of the inputs.
+
+    Returns:
+        ``[f, i, o]``, minimising ``||X B - Y||^2 + ridge * r * mean(X^2) * ||B||^2``.
+    """
+    count, columns = inputs.shape[1:]
+    penalty = ridge * count * inputs.square().mean((1, 2)) + 1e-8  # [f]
+    kernel = columns > count
+    gram = inputs @ inputs.mT if kernel else inputs.mT @ inputs
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + penalty[:, None, None] * eye)
+    if kernel:
+        return inputs.mT @ torch.cholesky_solve(targets, factor)
+    return torch.cholesky_solve(inputs.mT @ targets, factor)
+
+
+def _rows(value: Tensor, layer: Layer) -> Tensor:
+    """Outputs of a layer as rows by units: ``[n, b, ..., o]`` or ``[n, b, o, ...]`` -> ``[n, r, o]``."""
+    if layer.linear:
+        rows = value.flatten(1, -2)
+    else:
+        rows = value.movedim(2, -1).flatten(1, -2)
+    return rows[:, _sampled(rows.shape[1], rows.device)]
+
+
+def _inputs(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
+    """Inputs of a layer as rows by fan-in, at the same rows as ``_rows``: ``[f or 1, r, i]``."""
+    value = lane.value if lane.stacked else lane.value[None]
+    if layer.linear:
+        rows = value.flatten(1, -2)
+    else:
+        stride, padding, dilation = (
+            node.argument(3, (1, 1)),
+            node.argument(4, (0, 0)),
+            node.argument(5, (1, 1)),
+        )
+        patches = F.unfold(value.flatten(0, 1), weight.shape[3:], dilation, padding, stride)
+        rows = patches.unflatten(0, value.shape[:2]).mT.flatten(1, 2)  # [f, b*l, i]
+    return rows[:, _sampled(rows.shape[1], rows.device)]
+
+
+def _sampled(count: int, device: torch.device) -> Tensor:
+    """Which rows take part: all, or ``MAX_ROWS`` that a fixed seed picks."""
+    if count <= MAX_ROWS:
+        return torch.arange(count, device=device)
+    generator = torch.Generator().manual_seed(count)
+    return torch.randperm(count, generator=generator)[:MAX_ROWS].sort().values.to(device)

@@ -1,0 +1,135 @@
+"""The weight graph of a network: which layers read which spaces of units and write which.
+
+A space is a permutable group, the network's inputs, or its outputs. Methods that go layer by layer (repair, refit)
+and the learned mergers read a ``Layout`` instead of names of layers.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from metamerge.errors import StructureError
+from metamerge.structure.operators import LAYERS, LINEAR
+from metamerge.structure.program import Node, Program
+from metamerge.structure.spec import PermutationSpec
+
+OUTPUTS = "outputs"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear map or convolution.
+
+    Attributes:
+        node: Name of the operator call.
+        weight: State-dict key of the weight.
+        bias: State-dict key of the bias, or None.
+        source: Space that its columns read; ``inputs:<node>`` where they are fixed.
+        target: Space that its rows make; ``outputs`` where they are fixed.
+        linear: Whether it is a linear map rather than a convolution.
+    """
+
+    node: str
+    weight: str
+    bias: str | None
+    source: str
+    target: str
+    linear: bool
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether its columns are fixed, as those of a first layer are."""
+        return self.source.startswith("inputs:")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A program, its permutation spec, and the layers in execution order."""
+
+    program: Program
+    spec: PermutationSpec
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, program: Program, spec: PermutationSpec) -> "Layout":
+        """Find the layers of a program.
+
+        Args:
+            program: The traced network.
+            spec: Its permutation spec.
+
+        Returns:
+            The layout.
+
+        Raises:
+            StructureError: If a weight is used twice, computed, or joins several groups on one axis.
+        """
+        calls = [node for node in program.nodes if node.op in LAYERS]
+        layers = tuple(_layer(program, spec, node) for node in calls)
+        keys = [layer.weight for layer in layers]
+        if len(set(keys)) < len(keys):
+            raise StructureError(f"Some weights are used by several layers: {keys}.")
+        return cls(program, spec, layers)
+
+    @cached_property
+    def by_node(self) -> dict[str, Layer]:
+        """Name of the operator call -> layer."""
+        return {layer.node: layer for layer in self.layers}
+
+    @cached_property
+    def spaces(self) -> dict[str, int]:
+        """Space -> number of units, in the order of the network."""
+        sizes = {}
+        for layer in self.layers:
+            rows, columns, _ = self._matrix_shape(layer)
+            sizes.setdefault(layer.source, columns)
+            sizes.setdefault(layer.target, rows)
+        return sizes
+
+    def producers(self, space: str) -> list[Layer]:
+        """Layers whose rows make the units of a space."""
+        return [layer for layer in self.layers if layer.target == space]
+
+    def consumers(self, space: str) -> list[Layer]:
+        """Layers whose columns read the units of a space."""
+        return [layer for layer in self.layers if layer.source == space]
+
+    def matrix(self, layer: Layer, weight: Tensor) -> Tensor:
+        """View a layer's weight as units by units by the rest (taps, positions).
+
+        Args:
+            layer: The layer.
+            weight: ``[*batch, out, in, *taps]``.
+
+        Returns:
+            ``[*batch, rows, columns, rest]``.
+        """
+        rows, columns, _ = self._matrix_shape(layer)
+        lead = weight.ndim - len(self.spec.axes[layer.weight])
+        if layer.reads_inputs:
+            return weight[..., None].flatten(lead + 2)
+        units = self.spec.unit_rows(layer.weight, 1, layer.source, weight)  # [*, columns, rows * rest]
+        return units.unflatten(-1, (rows, -1)).transpose(lead, lead + 1)
+
+    def _matrix_shape(self, layer: Layer) -> tuple[int, int, int]:
+        value = next(v for v, key in self.program.parameters.items() if key == layer.weight)
+        rows, fan_in, *taps = self.program.shapes[value]
+        columns = fan_in if layer.reads_inputs else self.spec.groups[layer.source]
+        rest = fan_in // columns
+        for tap in taps:
+            rest *= tap
+        return rows, columns, rest
+
+
+def _layer(program: Program, spec: PermutationSpec, node: Node) -> Layer:
+    keys = [program.parameters.get(ref) for ref in node.refs[1:3]]
+    if None in keys:
+        raise StructureError(f"{node.name}: its weight is computed, not a parameter; this is not supported yet.")
+    weight, bias = keys[0], keys[1] if len(keys) > 1 else None
+    columns = [f.group for f in spec.axes[weight][1] if f.group]
+    if len(columns) > 1:
+        raise StructureError(f"{weight}: its columns join {columns}; a merger needs one group per axis.")
+    source = columns[0] if columns else f"inputs:{node.name}"
+    target = spec.row_group(weight) or OUTPUTS
+    return Layer(node.name, weight, bias, source, target, node.op in LINEAR)

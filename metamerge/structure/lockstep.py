@@ -1,0 +1,242 @@
+"""The lockstep interpreter: one program, many networks, one batched operator call per node.
+
+Values are ``Lane``s: a tensor that is shared by all networks, or stacked with a leading axis ``n`` of networks.
+Operators with a fast batched form have it in ``BATCHED``; every other one is mapped over the networks by
+``torch.vmap``. A value is freed after its last use, so memory is that of the widest cut through the graph.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from metamerge.structure.operators import ELEMENTWISE, SPATIAL
+from metamerge.structure.program import Node, Program, Ref, operator
+from metamerge.weights import Weights
+
+
+class Lane(NamedTuple):
+    """A value of the interpreter: ``[n, ...]`` where stacked, ``[...]`` where all networks share it."""
+
+    value: Any
+    stacked: bool
+
+
+def run(
+    program: Program,
+    weights: Weights,
+    inputs: Sequence[Tensor],
+    *,
+    stacked: bool = False,
+    own_inputs: bool = False,
+) -> Tensor:
+    """Run one network, or ``n`` stacked ones.
+
+    Args:
+        program: The traced network.
+        weights: State dict; with ``stacked``, every tensor has a leading axis ``n``.
+        inputs: The network's inputs, batch axis first; all networks share them.
+        stacked: Whether the weights hold many networks.
+        own_inputs: Whether every network has inputs of its own: ``[n, b, ...]``.
+
+    Returns:
+        Outputs ``[b, ...]``, or ``[n, b, ...]`` with ``stacked``.
+    """
+    execution = Execution(program, weights, inputs, stacked=stacked, own_inputs=own_inputs)
+    for node in program.nodes:
+        execution.step(node)
+    return execution.output()
+
+
+class Execution:
+    """One pass through a program, a node at a time.
+
+    ``weights`` is read when a node needs it, so a caller may fill it while the pass goes on: this is how refit
+    computes a layer from the inputs that the layers before it produce.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights,
+        inputs: Sequence[Tensor],
+        *,
+        stacked: bool,
+        own_inputs: bool = False,
+    ) -> None:
+        self.program = program
+        self.weights = weights
+        self.stacked = stacked
+        lanes = [Lane(x, own_inputs) for x in inputs]
+        self.values = dict(zip(program.inputs, lanes, strict=True))
+
+    def step(self, node: Node) -> Lane:
+        """Run one node and free what is not needed after it.
+
+        Args:
+            node: The next node of the program.
+
+        Returns:
+            Its output.
+        """
+        args = tuple(self._lane(a) for a in node.args)
+        kwargs = {k: self._plain(v) for k, v in node.kwargs.items()}
+        lane = _call(node.op, args, kwargs)
+        self.values[node.name] = lane
+        for name in node.refs:
+            if self.program.last_use.get(name) == node.name:
+                self.values.pop(name, None)
+        return lane
+
+    def argument(self, node: Node, position: int) -> Lane:
+        """A tensor argument that the node is about to read."""
+        return self._lane(node.args[position])
+
+    def output(self) -> Tensor:
+        """The network's output, ``[n, b, ...]`` or ``[b, ...]``."""
+        value, stacked = self.values[self.program.output]
+        return value if stacked or not self.stacked else value[None]
+
+    def _lane(self, argument: Any) -> Lane:
+        if not isinstance(argument, Ref):
+            return Lane(self._plain(argument), False)
+        if argument.name in self.values:
+            return self.values[argument.name]
+        return Lane(self.weights[self.program.parameters[argument.name]], self.stacked)
+
+    def _plain(self, argument: Any) -> Any:
+        """Replace references inside lists (sizes of a view) by their values."""
+        if isinstance(argument, Ref):
+            return self._lane(argument).value
+        if isinstance(argument, tuple):
+            return [self._plain(a) for a in argument]
+        return argument
+
+
+def _call(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Lane:
+    values = tuple(a.value for a in args)
+    if op == "sym_size.int":
+        value, dim = args[0], values[1]
+        return Lane(value.value.shape[dim + value.stacked], False)
+    if not any(a.stacked for a in args):
+        return Lane(operator(op)(*values, **kwargs), False)
+    if op in BATCHED:
+        result = BATCHED[op](op, args, kwargs)
+        if result is not None:
+            return Lane(result, True)
+    return Lane(_mapped(op, args, kwargs), True)
+
+
+def _mapped(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Any operator, over the networks."""
+    tensors = [i for i, a in enumerate(args) if isinstance(a.value, Tensor)]
+    dims = tuple(0 if args[i].stacked else None for i in tensors)
+
+    def call(*given: Tensor) -> Tensor:
+        full = [a.value for a in args]
+        for i, tensor in zip(tensors, given, strict=True):
+            full[i] = tensor
+        return operator(op)(*full, **kwargs)
+
+    return torch.vmap(call, in_dims=dims)(*(args[i].value for i in tensors))
+
+
+def _elementwise(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if "softmax" in op:  # its axis counts from the front
+        return None
+    return operator(op.replace("relu_.", "relu."))(*(a.value for a in args), **kwargs)
+
+
+def _linear(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, weight = args[0], args[1]
+    bias = args[2] if len(args) > 2 and args[2].value is not None else None
+    if not weight.stacked or (bias is not None and not bias.stacked):
+        return None
+    n, out, fan_in = weight.value.shape
+    rows = x.value.reshape(n, -1, fan_in) if x.stacked else x.value.reshape(1, -1, fan_in).expand(n, -1, -1)
+    columns = weight.value.transpose(1, 2)  # [n, i, o]
+    if bias is None:
+        y = torch.bmm(rows, columns)
+    else:
+        y = torch.baddbmm(bias.value[:, None], rows, columns)
+    return y.reshape(n, *x.value.shape[int(x.stacked) : -1], out)
+
+
+def _conv2d(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Unfold and one batched product: a grouped convolution is several times slower on a CPU."""
+    x, weight, bias, stride, padding, dilation, groups = _convolution_arguments(args)
+    if not weight.stacked or groups != 1 or isinstance(padding, str):
+        return None
+    n, out, fan_in, *kernel = weight.value.shape
+    maps = x.value.flatten(0, 1) if x.stacked else x.value
+    patches = F.unfold(maps, kernel, dilation, padding, stride)  # [n*b or b, c*kh*kw, l]
+    flat = weight.value.flatten(2)  # [n, o, c*kh*kw]
+    if x.stacked:
+        patches = rearrange(patches, "(n b) c l -> n c (b l)", n=n)
+    else:
+        patches = rearrange(patches, "b c l -> 1 c (b l)").expand(n, -1, -1)
+    y = torch.bmm(flat, patches) if bias is None else torch.baddbmm(bias.value[..., None], flat, patches)
+    height = _conv_size(maps.shape[2], kernel[0], stride[0], padding[0], dilation[0])
+    b = x.value.shape[int(x.stacked)]
+    return rearrange(y, "n o (b h w) -> n b o h w", b=b, h=height)
+
+
+def _convolution_arguments(args: tuple[Lane, ...]) -> tuple:
+    defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    given = [a.value for a in args[3:]]
+    bias = args[2] if len(args) > 2 and args[2].value is not None else None
+    options = [*given, *defaults[3 + len(given) :]]
+    return (args[0], args[1], bias, *options)
+
+
+def _conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _spatial(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Pooling and padding know nothing of networks: they become part of the batch."""
+    x = args[0].value
+    y = operator(op)(x.flatten(0, 1), *(a.value for a in args[1:]), **kwargs)
+    return y.unflatten(0, x.shape[:2])
+
+
+def _batch_norm(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Evaluation mode: per network and channel one factor and one shift."""
+    x, weight, bias, mean, var = args[:5]
+    training, eps = args[5].value, args[7].value
+    if training or not (mean.stacked and var.stacked):
+        return None
+    scale = (var.value + eps).rsqrt()  # [n, c]
+    scale = scale if weight.value is None else scale * weight.value
+    shift = -mean.value * scale
+    shift = shift if bias.value is None else shift + bias.value
+    value = x.value if x.stacked else x.value[None]
+    shape = (scale.shape[0], 1, scale.shape[1], *[1] * (value.ndim - 3))
+    return value * scale.reshape(shape) + shift.reshape(shape)
+
+
+def _reshape(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
+    x = args[0].value
+    return x.reshape(x.shape[0], *args[1].value)
+
+
+def _flatten(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
+    start = args[1].value if len(args) > 1 else 0
+    end = args[2].value if len(args) > 2 else -1
+    return args[0].value.flatten(start + 1 if start >= 0 else start, end + 1 if end >= 0 else end)
+
+
+BATCHED: dict[str, Callable[[str, tuple[Lane, ...], dict[str, Any]], Tensor | None]] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(SPATIAL, _spatial),
+    "conv2d.default": _conv2d,
+    "linear.default": _linear,
+    "batch_norm.default": _batch_norm,
+    "flatten.using_ints": _flatten,
+    "view.default": _reshape,
+    "reshape.default": _reshape,
+    "_unsafe_view.default": _reshape,
+}

@@ -1,0 +1,513 @@
+import gzip
+import hashlib
+import os
+import pickle
+import struct
+from dataclasses import replace
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+
+import zoo.tasks
+from metamerge.errors import ConfigError, ZooError
+from zoo.tasks import PARTS, TASKS, Task, TaskSplit, load_task, split_task
+
+STEMS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+
+
+def idx_bytes(array):
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def small_arrays(train=6, test=4, size=(3, 5)):
+    rng = np.random.default_rng(0)
+    arrays = []
+    for rows in (train, test):
+        arrays.append(rng.integers(0, 256, (rows, *size)))
+        arrays.append(np.arange(rows) % 10)
+    return arrays
+
+
+def write_idx_folder(folder, arrays=None, names="{}-ubyte", pack=lambda content: content):
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, array in zip(STEMS, arrays or small_arrays(), strict=True):
+        (folder / names.format(stem)).write_bytes(pack(idx_bytes(array)))
+    return folder
+
+
+def small_task(rows=40, classes=4, test_rows=None):
+    inputs = torch.linspace(0, 1, rows).reshape(rows, 1, 1, 1)
+    return Task("small", inputs, torch.arange(rows) % classes, classes, test_rows)
+
+
+def small_parts():
+    """Return four parts of 40 rows and 4 classes, 8 rows each."""
+    return {part: torch.arange(8) + 8 * place for place, part in enumerate(PARTS)}
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """Hide every usual place of data sets and the network."""
+    monkeypatch.chdir(tmp_path)
+    for name, source in zoo.tasks._SOURCES.items():
+        monkeypatch.delenv(source.variable, raising=False)
+        monkeypatch.setitem(zoo.tasks._SOURCES, name, replace(source, system=None))
+
+    def fail(*args, **kwargs):
+        raise URLError("no network here")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fail)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------- tasks
+
+
+def test_digits_are_scikit_learns_images_over_sixteen():
+    task = load_task("digits")
+    original = sklearn.datasets.load_digits()
+    assert task.inputs.shape == (1797, 1, 8, 8)
+    assert task.inputs.dtype == torch.float32
+    np.testing.assert_array_equal(task.inputs[:, 0].numpy() * 16, original.images)
+    np.testing.assert_array_equal(task.targets.numpy(), original.target)
+    assert (task.classes, task.test_rows) == (10, None)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"'fashion_mnist', did you mean 'fashion-mnist'\?"):
+        load_task("fashion_mnist")
+    with pytest.raises(ConfigError, match=", ".join(TASKS)):
+        load_task("imagenet")
+
+
+def test_a_folder_for_digits_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="reads no folder"):
+        load_task("digits", tmp_path)
+
+
+def test_digest_is_the_hash_of_inputs_and_targets():
+    task = small_task()
+    content = task.inputs.numpy().tobytes() + task.targets.numpy().tobytes()
+    assert task.digest == hashlib.sha256(content).hexdigest()
+
+
+def test_digest_sees_one_pixel_and_one_label():
+    task = small_task()
+    inputs, targets = task.inputs.clone(), task.targets.clone()
+    inputs[3] = 0
+    targets[3] = 0
+    digests = {
+        task.digest,
+        replace(task, inputs=inputs).digest,
+        replace(task, targets=targets).digest,
+    }
+    assert len(digests) == 3
+
+
+def test_digest_does_not_depend_on_the_memory_layout():
+    task = load_task("digits")
+    other = replace(
+        task, inputs=task.inputs.to(memory_format=torch.channels_last).mT.contiguous().mT
+    )
+    assert not other.inputs.is_contiguous()
+    assert other.digest == task.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": torch.zeros(40, 1, 1, 1, dtype=torch.float64)}, "inputs must be float32"),
+        ({"inputs": torch.zeros(40, 1)}, "inputs must be float32"),
+        ({"inputs": torch.full((40, 1, 1, 1), 255.0)}, r"must lie in \[0, 1\], got 255 to 255"),
+        ({"inputs": torch.full((40, 1, 1, 1), torch.nan)}, "got nan"),
+        ({"inputs": torch.zeros(40, 1, 0, 1)}, "no images"),
+        ({"targets": torch.zeros(39, dtype=torch.int64)}, r"targets must be int64 \[40\]"),
+        ({"targets": torch.zeros(40)}, r"targets must be int64 \[40\]"),
+        ({"targets": torch.full((40,), 4)}, r"must lie in \[0, 4\), got 4 to 4"),
+        ({"targets": torch.full((40,), -1)}, "got -1 to -1"),
+        ({"test_rows": range(30, 41)}, "do not lie within 40 rows"),
+        ({"test_rows": range(30, 30)}, "do not lie within 40 rows"),
+        ({"test_rows": range(0, 40, 2)}, "do not lie within 40 rows"),
+    ],
+)
+def test_a_task_that_contradicts_itself_is_refused(change, message):
+    with pytest.raises(ZooError, match=message):
+        replace(small_task(), **change)
+
+
+# ---------------------------------------------------------------------------- IDX files
+
+
+@pytest.mark.parametrize(
+    ("names", "pack"),
+    [
+        ("{}-ubyte", bytes),
+        ("{}-ubyte.gz", gzip.compress),
+        ("{}-ubyte", gzip.compress),  # some tools keep the name when they pack
+        ("{}-ubyte.gz", bytes),  # and browsers keep it when they unpack
+    ],
+)
+def test_idx_files_are_read_raw_and_gzipped(tmp_path, names, pack):
+    arrays = small_arrays()
+    task = load_task("mnist", write_idx_folder(tmp_path, arrays, names, pack))
+    expected = np.concatenate([arrays[0], arrays[2]])
+    np.testing.assert_array_equal((task.inputs[:, 0] * 255).round().numpy(), expected)
+    assert task.targets.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    assert task.test_rows == range(6, 10)
+    assert task.inputs.shape == (10, 1, 3, 5)
+
+
+def test_idx_files_are_found_under_their_dotted_names(tmp_path):
+    write_idx_folder(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.rename(tmp_path / path.name.replace("-idx", ".idx"))
+    assert (tmp_path / "train-images.idx3-ubyte").is_file()
+    assert len(load_task("mnist", str(tmp_path)).targets) == 10
+
+
+def test_the_largest_byte_becomes_exactly_one(tmp_path):
+    arrays = small_arrays()
+    arrays[0][0, 0, 0], arrays[0][0, 0, 1] = 255, 0
+    task = load_task("mnist", write_idx_folder(tmp_path, arrays))
+    assert task.inputs[0, 0, 0, :2].tolist() == [1.0, 0.0]
+
+
+WHOLE = idx_bytes(small_arrays()[0])
+BROKEN = {
+    "nothing": (b"", "got magic nothing"),
+    "half a magic number": (WHOLE[:3], "got magic 000008"),
+    "labels in place of images": (idx_bytes(np.arange(6)), "got magic 00000801"),
+    "floats in place of bytes": (b"\0\0\x0d\3" + WHOLE[4:], "got magic 00000d03"),
+    "a web page": (b"<!DOCTYPE html>", "Is it another file under this name"),
+    "half a header": (WHOLE[:11], "ends inside its header"),
+    "one byte too few": (
+        WHOLE[:-1],
+        r"ends early: the header claims \(6, 3, 5\), 90 bytes, got 89",
+    ),
+    "one byte too many": (WHOLE + b"\0", "goes on after its last row.* got 91 or more"),
+    "a header without rows": (b"\0\0\x08\3" + struct.pack(">3I", 0, 3, 5), r"claims \(0, 3, 5\)"),
+    "a header of terabytes": (b"\0\0\x08\3" + b"\xff" * 12 + WHOLE[16:], "the header claims"),
+    "a header of gigabytes": (
+        b"\0\0\x08\3" + struct.pack(">3I", 2**16, 2**8, 2**7) + WHOLE[16:],
+        "ends early.* got 90",
+    ),
+    "half a gzip file": (gzip.compress(WHOLE)[:-20], "cannot be read"),
+    "gzip with a wrong checksum": (gzip.compress(WHOLE)[:-8] + b"\0" * 8, "cannot be read"),
+    "gzip with damaged content": (gzip.compress(WHOLE)[:10] + b"\xff" * 40, "cannot be read"),
+    "gzip of too little": (gzip.compress(WHOLE[:-1]), "ends early"),
+    "gzip of too much": (gzip.compress(WHOLE + b"\0" * 1000), "goes on after its last row"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_damaged_idx_file_is_refused_by_name(tmp_path, case):
+    content, message = BROKEN[case]
+    path = write_idx_folder(tmp_path) / "train-images-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(ZooError, match=message) as caught:
+        load_task("mnist", tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_as_many_labels_as_images_are_demanded(tmp_path):
+    arrays = small_arrays()
+    arrays[3] = np.arange(3)
+    with pytest.raises(ZooError, match="t10k has 4 images but 3 labels"):
+        load_task("mnist", write_idx_folder(tmp_path, arrays))
+
+
+def test_images_of_two_sizes_are_refused(tmp_path):
+    arrays = small_arrays()[:2] + small_arrays(size=(5, 3))[2:]
+    with pytest.raises(ZooError, match=r"train images are \(3, 5\), t10k images \(5, 3\)"):
+        load_task("mnist", write_idx_folder(tmp_path, arrays))
+
+
+def test_labels_above_nine_are_refused(tmp_path):
+    arrays = small_arrays()
+    arrays[1][2] = 10
+    with pytest.raises(ZooError, match=r"must lie in \[0, 10\), got 0 to 10"):
+        load_task("mnist", write_idx_folder(tmp_path, arrays))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_missing_file_is_named_with_the_way_to_get_it(tmp_path, stem):
+    (write_idx_folder(tmp_path) / f"{stem}-ubyte").unlink()
+    with pytest.raises(ZooError, match=f"holds no {stem}-ubyte.*METAMERGE_FASHION_MNIST"):
+        load_task("fashion-mnist", tmp_path)
+
+
+# ---------------------------------------------------------------------------- where files are
+
+
+def test_folder_then_variable_then_data_then_package_are_looked_at(nowhere, monkeypatch):
+    rows = {}
+    for train, place in enumerate(("package", "data/fashion-mnist", "variable", "folder"), 1):
+        write_idx_folder(nowhere / place, small_arrays(train=train))
+        rows[place] = train
+
+    def found(folder=None):
+        return load_task("fashion-mnist", folder).test_rows.start
+
+    source = replace(zoo.tasks._SOURCES["fashion-mnist"], system=nowhere / "package")
+    monkeypatch.setitem(zoo.tasks._SOURCES, "fashion-mnist", source)
+    assert found() == rows["data/fashion-mnist"]
+    monkeypatch.setenv("METAMERGE_FASHION_MNIST", str(nowhere / "variable"))
+    assert found() == rows["variable"]
+    assert found("folder") == rows["folder"]
+    monkeypatch.setenv("METAMERGE_FASHION_MNIST", "")
+    (nowhere / "data").rename(nowhere / "elsewhere")
+    assert found() == rows["package"]
+
+
+def test_a_variable_that_names_no_data_is_not_passed_over(nowhere, monkeypatch):
+    write_idx_folder(nowhere / "data" / "mnist")
+    monkeypatch.setenv("METAMERGE_MNIST", str(nowhere / "nothing"))
+    with pytest.raises(ZooError, match="nothing holds no train-images"):
+        load_task("mnist")
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_without_files_and_network_both_ways_are_told(nowhere, name):
+    with pytest.raises(ZooError, match="no network here") as caught:
+        load_task(name)
+    message = str(caught.value)
+    assert "METAMERGE_" in message
+    assert "run once with a network" in message
+    assert not (nowhere / "data").exists()
+
+
+def fake_openml(labels):
+    images = np.zeros((len(labels), 784), dtype=np.uint8)
+    images[:, 0] = np.arange(len(labels)) % 251
+    return SimpleNamespace(data=images, target=np.array([str(label) for label in labels], object))
+
+
+def test_openml_is_asked_once_and_kept_as_idx_files(nowhere, monkeypatch):
+    labels = np.arange(60_010, dtype=np.uint8) % 10
+    calls = []
+
+    def fetch(name, **options):
+        calls.append(name)
+        return fake_openml(labels)
+
+    official = hashlib.sha256(labels).hexdigest()
+    source = replace(zoo.tasks._SOURCES["mnist"], labels=official)
+    monkeypatch.setitem(zoo.tasks._SOURCES, "mnist", source)
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch)
+    first, second = load_task("mnist"), load_task("mnist")
+    assert calls == ["mnist_784"]
+    assert first.digest == second.digest
+    assert first.test_rows == range(60_000, 60_010)
+    np.testing.assert_array_equal(first.targets.numpy(), labels)
+    assert (first.inputs[:, 0, 0, 0] * 255).round()[[250, 251]].tolist() == [250, 0]
+    kept = sorted(path.name for path in (nowhere / "data" / "mnist").iterdir())
+    assert kept == sorted(f"{stem}-ubyte" for stem in STEMS)
+
+
+def test_openml_rows_in_another_order_are_refused_and_not_kept(nowhere, monkeypatch):
+    bunch = fake_openml(np.arange(20) % 10)
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", lambda *a, **k: bunch)
+    with pytest.raises(ZooError, match="official order"):
+        load_task("mnist")
+    assert not (nowhere / "data").exists()
+
+
+# ---------------------------------------------------------------------------- splits of a task
+
+
+def test_every_row_is_in_exactly_one_part():
+    split = split_task(load_task("digits"))
+    rows = torch.cat([split.rows(part) for part in PARTS])
+    assert rows.sort().values.tolist() == list(range(1797))
+    # 1797 / 4 = 449.25; of the other 1348 a quarter is 337, of those a quarter 84.25.
+    assert [len(split.rows(part)) for part in PARTS] == [1011, 253, 84, 449]
+
+
+def test_parts_keep_the_class_frequencies_to_within_one_row():
+    task = load_task("digits")
+    targets = torch.cat([task.targets, task.targets[task.targets == 7].repeat(5)])
+    task = Task("skewed", torch.zeros(len(targets), 1, 1, 1), targets, classes=10)
+    split = split_task(task, seed=3, test=0.3)
+    share = targets.bincount() / len(targets)
+    # Three cuts follow each other; each rounds a class by less than one row.
+    for part in PARTS:
+        counts = targets[split.rows(part)].bincount(minlength=10)
+        assert ((counts - share * counts.sum()).abs() < 3).all(), part
+    test_counts = targets[split.test].bincount(minlength=10)
+    assert ((test_counts - share * test_counts.sum()).abs() < 1).all()
+
+
+def test_largest_remainders_decide_who_gets_the_last_rows():
+    targets = torch.tensor([0] * 16 + [1] * 16 + [2] * 8)
+    task = Task("by hand", torch.zeros(40, 1, 1, 1), targets, classes=3)
+    # 9 of 40: quotas 3.6, 3.6, 1.8, so whole rows 3, 3, 1; the two rows left go to class 2, with
+    # the largest remainder, and to class 0, the first of the two others.
+    split = split_task(task, test=9, objective=0.5, validation_share=0.5)
+    assert targets[split.test].bincount().tolist() == [4, 3, 2]
+
+
+def test_the_same_seed_gives_the_same_split_and_another_seed_another():
+    task = load_task("digits")
+    one, same, other = split_task(task, seed=1), split_task(task, seed=1), split_task(task, seed=2)
+    for part in PARTS:
+        assert torch.equal(one.rows(part), same.rows(part))
+        assert not torch.equal(one.rows(part), other.rows(part))
+
+
+def test_splitting_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    split_task(small_task(), objective=0.5, validation_share=0.5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_whole_numbers_are_numbers_of_rows():
+    split = split_task(load_task("digits"), objective=400, validation_share=100, test=300)
+    assert [len(split.rows(part)) for part in PARTS] == [1097, 300, 100, 300]
+
+
+def test_official_test_rows_are_the_test_part_and_nothing_else():
+    split = split_task(small_task(100, test_rows=range(10, 22)), test=0.5)
+    assert split.test.tolist() == list(range(10, 22))
+    trained_on = torch.cat([split.segments, split.objective, split.validation])
+    assert trained_on.sort().values.tolist() == [*range(10), *range(22, 100)]
+
+
+@pytest.mark.parametrize("option", ["objective", "validation_share", "test"])
+@pytest.mark.parametrize("amount", [0, 0.0, 1.0, -3, 1.5, float("nan"), True, "0.5", None, 4000])
+def test_an_amount_that_makes_no_sense_is_refused(option, amount):
+    with pytest.raises(ConfigError, match=f"split_task: {option}"):
+        split_task(small_task(), **{option: amount})
+
+
+def test_a_part_too_small_for_all_classes_is_refused():
+    with pytest.raises(ZooError, match="'validation' has 2 rows, but none of class 2, 3"):
+        split_task(small_task(), validation_share=2)
+
+
+def test_overlapping_parts_are_refused_with_their_names_and_number_of_rows():
+    parts = small_parts()
+    parts["test"] = torch.cat([parts["test"], parts["objective"][:3]])
+    with pytest.raises(ZooError, match="'objective' and 'test' share 3 rows"):
+        TaskSplit(small_task(), **parts)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.arange(0), "is empty"),
+        (torch.arange(32.0, 40.0), "must be int64 row numbers"),
+        (torch.arange(32, 40).reshape(2, 4), "must be int64 row numbers"),
+        (torch.arange(33, 41), "names rows 33 to 40, the task has rows 0 to 39"),
+        (torch.arange(-1, 7), "names rows -1 to 6"),
+        (torch.tensor([32, 33, 34, 35, 32]), "names 1 rows more than once"),
+        (torch.tensor([32, 33, 35]), "none of class 2"),
+    ],
+)
+def test_a_malformed_part_is_refused_by_name(part, rows, message):
+    with pytest.raises(ZooError, match=f"'{part}' .*{message}|'{part}' {message}"):
+        TaskSplit(small_task(), **{**small_parts(), part: rows})
+
+
+def test_official_test_rows_cannot_be_moved_to_another_part():
+    parts = small_parts()
+    TaskSplit(small_task(test_rows=range(24, 40)), **parts)
+    with pytest.raises(ZooError, match="'validation' has 2 rows that are official test rows"):
+        TaskSplit(small_task(test_rows=range(22, 40)), **parts)
+    with pytest.raises(ZooError, match="'test' has 1 rows that are not official test rows"):
+        TaskSplit(small_task(test_rows=range(25, 40)), **parts)
+
+
+def test_images_are_the_rows_of_their_part():
+    split = TaskSplit(small_task(), **small_parts())
+    for part in PARTS:
+        inputs, targets = split.images(part)
+        assert torch.equal(inputs, split.task.inputs[split.rows(part)])
+        assert torch.equal(targets, split.task.targets[split.rows(part)])
+
+
+def test_changing_images_does_not_change_the_task():
+    split = TaskSplit(small_task(), **small_parts())
+    digest = split.task.digest
+    for tensor in split.images("segments"):
+        tensor.zero_()
+    assert replace(split.task).digest == digest
+
+
+def test_an_unknown_part_is_refused_with_the_nearest_name():
+    split = TaskSplit(small_task(), **small_parts())
+    with pytest.raises(ConfigError, match="'tests', did you mean 'test'"):
+        split.images("tests")
+    with pytest.raises(ConfigError, match="no part 'task'"):
+        split.rows("task")
+
+
+def test_test_images_are_refused_inside_training_only():
+    split = TaskSplit(small_task(), **small_parts())
+    with split.training():
+        for part in ("segments", "objective", "validation"):
+            split.images(part)
+        with split.training():
+            pass
+        with pytest.raises(ZooError, match="inside `with split"):
+            split.images("test")
+    assert len(split.images("test")[0]) == 8
+
+
+def test_training_that_fails_gives_the_test_images_back():
+    split = TaskSplit(small_task(), **small_parts())
+    with pytest.raises(KeyboardInterrupt), split.training():
+        raise KeyboardInterrupt
+    assert len(split.images("test")[0]) == 8
+
+
+def test_a_copy_sent_to_a_worker_while_training_refuses_too():
+    split = TaskSplit(small_task(), **small_parts())
+    with split.training():
+        copy = pickle.loads(pickle.dumps(split))
+    with pytest.raises(ZooError, match="inside"):
+        copy.images("test")
+
+
+# ---------------------------------------------------------------------------- real data
+
+
+def real_folder(variable):
+    folder = os.environ.get(variable)
+    if not folder:
+        message = f"{variable} names no folder with the official IDX files"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "test_counts", "first_targets"),
+    [
+        (
+            "mnist",
+            [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009],
+            [5, 0, 4, 1, 9, 2, 1, 3, 1, 4],
+        ),
+        ("fashion-mnist", [1000] * 10, [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]),
+    ],
+)
+def test_the_official_files_are_read_and_split(name, test_counts, first_targets):
+    source = zoo.tasks._SOURCES[name]
+    task = load_task(name, real_folder(source.variable))
+    assert task.inputs.shape == (70_000, 1, 28, 28)
+    assert task.inputs.max() == 1
+    assert task.inputs.min() == 0
+    assert task.targets[:10].tolist() == first_targets
+    assert task.targets[60_000:].bincount().tolist() == test_counts
+    assert hashlib.sha256(task.targets.byte().numpy()).hexdigest() == source.labels
+
+    split = split_task(task, objective=5000)
+    assert split.test.tolist() == list(range(60_000, 70_000))
+    assert [len(split.rows(part)) for part in PARTS] == [55_000, 3750, 1250, 10_000]

@@ -1,0 +1,1 @@
+"""The zoo: tasks, segments, architectures, the batched trainer, and trained families on disk."""

@@ -1,0 +1,85 @@
+"""Command lines from frozen dataclasses: one field is one option, and its comment is its help text."""
+
+import argparse
+import difflib
+import inspect
+import re
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from metamerge.errors import ConfigError
+
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], arguments: Sequence[str] | None = None, *, prog: str) -> Options:
+    """Read a frozen dataclass from the command line.
+
+    Args:
+        kind: A dataclass whose fields are ``str``, ``int``, ``float``, ``bool``, tuples of one of these, or
+            one of these or None.
+        arguments: The command line without the program; by default that of this process.
+        prog: How the command is called, for the help text.
+
+    Returns:
+        The options.
+
+    Raises:
+        SystemExit: On ``--help``, and with code 2 and a suggestion on an unknown option or a bad value.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=inspect.getdoc(kind), allow_abbrev=False
+    )
+    hints, comments = get_type_hints(kind), _comments(kind)
+    for field in fields(kind):
+        _add(parser, field.name, hints[field.name], field.default, comments.get(field.name, ""))
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        names = [f"--{field.name.replace('_', '-')}" for field in fields(kind)]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        parser.error(f"unknown option {unknown[0]!r}.{hint} See --help for all of them.")
+    try:
+        return kind(**vars(known))
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def _add(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, comment: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    needed = default is MISSING
+    text = comment.replace("%", "%%") + ("" if needed else f" (default: {_shown(default)})")
+    given: dict[str, Any] = {"help": text, "required": needed}
+    if not needed:
+        given["default"] = default
+    if get_origin(hint) is tuple:
+        parser.add_argument(flag, type=get_args(hint)[0], nargs="+", action=_Tuple, **given)
+    elif hint is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **given)
+    else:
+        parser.add_argument(flag, type=_scalar(hint), metavar=name.upper(), **given)
+
+
+class _Tuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _scalar(hint: Any) -> type:
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _shown(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """Field -> the comment behind it, from the source of the class."""
+    found = re.findall(r"^\s+(\w+): [^#\n]+#\s*(.+)$", inspect.getsource(kind), re.MULTILINE)
+    return dict(found)
