@@ -164,17 +164,33 @@ def _rescale(
     ridge: Tensor | float,
 ) -> tuple[Tensor, Tensor | None]:
     """Give each unit the target's spread; inputs are shared, so direction and mean are right already."""
-    shape = (*weight.shape[:2], *[1] * (weight.ndim - 2))
     rows = _inputs(node, layer, lane, weight)  # [1, r, i]
     current = rows @ weight.flatten(2).mT
     current = current if bias is None else current + bias[:, None]
     factor = _std(target.value, 1) / _std(current, 1)  # [f, o]
     factor = 1 + target.strength * (factor - 1)
-    if bias is None:
-        return weight * factor.reshape(shape), None
     mean = current.mean(1)
     wanted = mean + target.strength * (target.value.mean(1) - mean)
-    return weight * factor.reshape(shape), wanted + factor * (bias - mean)
+    return fold(weight, bias, factor, mean, wanted)
+
+
+def fold(
+    weight: Tensor, bias: Tensor | None, factor: Tensor, mean: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Scale a layer's units about their mean, and move that mean, by changing weight and bias.
+
+    Args:
+        weight: ``[f, o, ...]``.
+        bias: ``[f, o]``; without one, units are only scaled, and their mean is scaled with them.
+        factor: Scale of every unit, ``[f, o]``.
+        mean: Mean of the unit's present pre-activations, ``[f, o]``.
+        wanted: What the mean is to become, ``[f, o]``.
+
+    Returns:
+        New weight and bias.
+    """
+    scaled = weight * factor.reshape(*factor.shape, *[1] * (weight.ndim - 2))
+    return scaled, None if bias is None else wanted + factor * (bias - mean)
 
 
 def _regress(
@@ -223,12 +239,22 @@ def solve_ridge(inputs: Tensor, targets: Tensor, ridge: Tensor | float) -> Tenso
     return torch.cholesky_solve(inputs.mT @ targets, factor)
 
 
+def unit_rows(value: Tensor, layer: Layer) -> Tensor:
+    """View a layer's outputs as rows by units, where rows are images, or images by positions.
+
+    Args:
+        value: ``[n, b, ..., o]`` of a linear layer, ``[n, b, o, ...]`` of a convolution.
+        layer: The layer.
+
+    Returns:
+        ``[n, r, o]``.
+    """
+    return (value if layer.linear else value.movedim(2, -1)).flatten(1, -2)
+
+
 def _rows(value: Tensor, layer: Layer) -> Tensor:
-    """Outputs of a layer as rows by units: ``[n, b, ..., o]`` or ``[n, b, o, ...]`` -> ``[n, r, o]``."""
-    if layer.linear:
-        rows = value.flatten(1, -2)
-    else:
-        rows = value.movedim(2, -1).flatten(1, -2)
+    """The rows of ``unit_rows`` that take part, ``[n, r, o]``."""
+    rows = unit_rows(value, layer)
     return rows[:, _sampled(rows.shape[1], rows.device)]
 
 

@@ -8,12 +8,15 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from metamerge.errors import ConfigError, MetaMergeError, ZooError
@@ -85,6 +88,11 @@ class ZooOptions:
         return Path(self.out or Path("zoos") / f"{self.task}-{self.digest[:8]}")
 
 
+def options_of(zoo: Zoo) -> ZooOptions:
+    """The options that a zoo was built with."""
+    return ZooOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in zoo.options.items()})
+
+
 def split_of(options: ZooOptions) -> TaskSplit:
     """The task and its parts, as the options of a zoo determine them.
 
@@ -143,12 +151,7 @@ def _build(options: ZooOptions, folder: Path, progress: Callable[[str, int, int]
             seeds = _init_seeds(options, families, members, next_seed)
             next_seed = max(seeds) + 1
 
-            def step(count: int, base: int = done) -> None:
-                nonlocal done
-                done += count
-                if progress:
-                    progress(f"{part} families of {members}", done, total)  # noqa: B023
-
+            report = progress and partial(progress, f"{part} families of {members}", total=total)
             with split.training():
                 weights = train_networks(
                     program,
@@ -161,9 +164,10 @@ def _build(options: ZooOptions, folder: Path, progress: Callable[[str, int, int]
                     lr=options.lr,
                     weight_decay=options.weight_decay,
                     seed=next_seed,
-                    progress=step,
+                    progress=report and (lambda trained, report=report, done=done: report(done=done + trained)),
                 )
                 accuracy = _accuracy(program, weights, *split.images("validation"))
+            done += len(seeds)
             stem = f"{part}-k{members}"
             stacked = {key: t.unflatten(0, (families, members)) for key, t in weights.items()}
             files[stem] = (stacked, _provenance(seeds, segments, accuracy, split, families, members))
@@ -226,22 +230,20 @@ def _provenance(
     return [flat[f * members : (f + 1) * members] for f in range(families)]
 
 
-def build_with_progress(options: ZooOptions) -> Zoo:
+def build_with_progress(options: ZooOptions, console: Console | None = None) -> Zoo:
     """``build`` with a progress bar and a closing line in the terminal.
 
     Args:
         options: What to build.
+        console: Where to print.
 
     Returns:
         The zoo.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console()
+    console = console or Console()
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
         task = bar.add_task("zoo", total=None)
         zoo = build(
             options,

@@ -90,6 +90,10 @@ class Zoo:
         """Where every member comes from: init seed, number of rows, rows per class."""
         return self.manifest["files"][f"{part}-k{members}.safetensors"]["provenance"]
 
+    def rows(self, part: str, members: int) -> Tensor:
+        """Rows of the task that each member was trained on, ``[f, m, longest]``, padded with -1."""
+        return load_file(self.folder / "rows.safetensors")[f"{part}-k{members}"]
+
     def address(self, part: str, members: int, family: int) -> str:
         """What ``metamerge.merge`` takes to merge one family."""
         return f"{self.folder}#{part}-k{members}/{family}"

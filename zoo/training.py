@@ -78,7 +78,7 @@ def train_networks(
         seed: Seed of the order of rows.
         loss: One loss per network.
         chunk: Networks that are trained side by side.
-        progress: Called with the number of networks that were finished.
+        progress: Called after every chunk with the number of networks finished so far.
 
     Returns:
         Trained weights ``[n, ...]``.
@@ -101,7 +101,7 @@ def train_networks(
         for key, tensor in done.items():
             trained[key][part] = tensor
         if progress:
-            progress(len(part))
+            progress(start + len(part))
     return trained
 
 

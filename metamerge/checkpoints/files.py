@@ -26,7 +26,8 @@ def read_file(path: Path, max_bytes: int) -> Checkpoint:
         metadata of the file.
 
     Raises:
-        CheckpointError: If the file cannot be read safely and in full.
+        Unreadable: If it is not a checkpoint, contradicts its manifest, or belongs to a zoo.
+        CheckpointError: If it cannot be read safely and in full.
         IncompatibleWeights: If a tensor cannot be merged.
     """
     name = display(path)
@@ -37,6 +38,7 @@ def read_file(path: Path, max_bytes: int) -> Checkpoint:
                 f"{name}: holds families of a zoo. Address one as "
                 f"{display(path.parent)}#{path.stem}/<family> or .../<family>/<member>."
             )
+        _refuse_placeholder(file, name)
         verified = verify(file, path, manifest)
         weights, metadata = _read_content(file, path, name, max_bytes)
     if not verified:
@@ -44,13 +46,19 @@ def read_file(path: Path, max_bytes: int) -> Checkpoint:
     return Checkpoint(name, weights, manifest.get("program"), manifest.get("metadata", {}), True)
 
 
-def _read_content(file: BinaryIO, path: Path, name: str, max_bytes: int) -> tuple[Weights, dict]:
-    """Tell safetensors from torch files by their first bytes and read them."""
-    start = file.read(64)
+def _refuse_placeholder(file: BinaryIO, name: str) -> None:
+    """Refuse files that stand for one that was never downloaded."""
+    start = file.read(len(_LFS))
     if not start:
         raise Unreadable(f"{name}: is empty. Download or copy it again.")
-    if start.startswith(_LFS):
+    if start == _LFS:
         raise Unreadable(f"{name}: is a Git LFS pointer, not the file itself. Run git lfs pull.")
+
+
+def _read_content(file: BinaryIO, path: Path, name: str, max_bytes: int) -> tuple[Weights, dict]:
+    """Tell safetensors from torch files by their first bytes and read them."""
+    file.seek(0)
+    start = file.read(64)
     named_safetensors = path.suffix.lower() == ".safetensors"
     is_safetensors = _is_safetensors(start, file_size(file))
     if start.startswith((ZIP_MAGIC, LEGACY_MAGIC)) and not named_safetensors:

@@ -28,7 +28,8 @@ def read_folder(folder: Path, max_bytes: int) -> Checkpoint:
         The checkpoint.
 
     Raises:
-        CheckpointError: If the folder holds none, several or a damaged one, or is a zoo.
+        Unreadable: If the folder holds no checkpoint or several, or is a zoo.
+        CheckpointError: If the checkpoint cannot be read safely and in full.
         IncompatibleWeights: If a tensor cannot be merged.
     """
     _check_manifest(folder)

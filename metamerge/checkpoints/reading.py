@@ -44,6 +44,7 @@ def read_checkpoints(
 
     Raises:
         ConfigError: If the source is of another kind, a URI, or an address out of range.
+        Unreadable: If a source is missing, damaged or holds no tensors.
         CheckpointError: If a file cannot be read safely and in full.
         IncompatibleWeights: If a tensor is of a kind that cannot be merged.
     """

@@ -147,13 +147,10 @@ def read_exactly(file: BinaryIO, begin: int, count: int, name: str) -> bytes:
     Raises:
         Truncated: If the file ends before the range does.
     """
-    size = file_size(file)
-    if begin + count > size:
-        raise _ends_early(name, begin + count, size)
+    _check_end(name, begin + count, file_size(file))
     file.seek(begin)
     content = file.read(count)
-    if len(content) < count:
-        raise _ends_early(name, begin + count, begin + len(content))
+    _check_end(name, begin + count, begin + len(content))
     return content
 
 
@@ -167,18 +164,18 @@ def _tensor_at(
         raise TooLarge(f"{name}: no memory for a tensor of {count} bytes.") from None
     file.seek(begin, os.SEEK_SET)
     got = file.readinto(buffer.numpy()) if count else 0
-    if got < count:
-        raise _ends_early(name, begin + count, begin + got)
+    _check_end(name, begin + count, begin + got)
     if dtype == torch.bool:  # any byte but 0 counts as true, where a plain view would be undefined
         return buffer.ne(0).view(shape)
     return buffer.view(dtype).view(shape)
 
 
-def _ends_early(name: str, expected: int, got: int) -> Truncated:
-    return Truncated(
-        f"{name}: ends early: expected at least {expected} bytes, got {got}. "
-        f"Download or copy it again."
-    )
+def _check_end(name: str, expected: int, got: int) -> None:
+    if got < expected:
+        raise Truncated(
+            f"{name}: ends early: expected at least {expected} bytes, got {got}. "
+            f"Download or copy it again."
+        )
 
 
 def _header_length(file: BinaryIO, size: int, name: str) -> int:
@@ -190,8 +187,7 @@ def _header_length(file: BinaryIO, size: int, name: str) -> int:
             f"{name}: claims a header of {length} bytes, the format allows {MAX_HEADER_BYTES}. "
             f"It is damaged or not a safetensors file."
         )
-    if 8 + length > size:
-        raise _ends_early(name, 8 + length, size)
+    _check_end(name, 8 + length, size)
     return length
 
 
@@ -236,8 +232,7 @@ def _check_cover(entries: dict[str, Entry], begin: int, size: int, name: str) ->
             kind = "overlaps the one before it" if entry.begin < position else "follows a hole"
             raise Unreadable(f"{name}: {key[:200]!r} {kind} in the file. Export it again.")
         position += entry.nbytes
-    if position > size:
-        raise _ends_early(name, position, size)
+    _check_end(name, position, size)
     if position < size:
         raise Unreadable(
             f"{name}: has {size - position} bytes after its last tensor. Export it again."

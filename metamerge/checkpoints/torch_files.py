@@ -70,14 +70,14 @@ def _zip_outline(file: BinaryIO, name: str, max_bytes: int) -> Outline:
         raise
     except Exception:  # zipfile lets struct, Unicode and arithmetic errors of bad archives through
         raise Unreadable(f"{name}: is a damaged zip archive. Copy or export it again.") from None
-    _check_records(records, file_size(file), name, max_bytes)
     by_name = {record.filename: record for record in records}
+    if any(path.endswith("/constants.pkl") for path in by_name):
+        raise Unsafe(f"{name}: is a TorchScript program. {EXPORT}")
+    _check_records(records, file_size(file), name, max_bytes)
     descriptions = [n for n in by_name if n.count("/") == 1 and n.endswith("/data.pkl")]
     if len(descriptions) != 1:
         raise Unreadable(f"{name}: is a zip archive, but not one of torch.save. {EXPORT}")
     folder = descriptions[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in by_name:
-        raise Unsafe(f"{name}: is a TorchScript program. {EXPORT}")
     outline = read_outline(io.BytesIO(_record(file, by_name[descriptions[0]], name)), name)
     for storage in outline.storages.values():
         record = by_name.get(f"{folder}data/{storage.key}")

@@ -108,11 +108,11 @@ def read_outline(file: BinaryIO, name: str) -> Outline:
     reader = _OutlineUnpickler(_Limited(file, name), name)
     try:
         return Outline(reader.load(), reader.storages)
-    except (MetaMergeError, OSError):
-        raise
     except EOFError:
         raise Truncated(f"{name}: ends in the middle of its description. Copy it again.") from None
     except Exception as error:  # a malformed pickle fails in any of an interpreter's ways
+        if isinstance(error, MetaMergeError | OSError):
+            raise
         raise Unreadable(
             f"{name}: is not a pickle as torch.save writes it ({type(error).__name__}). {EXPORT}"
         ) from None
@@ -140,6 +140,7 @@ class _OutlineUnpickler(pickle._Unpickler):
             "_codecs.encode": lambda *_: b"",
             "torch.Size": tuple,
             "torch.device": lambda *_: None,
+            "torch.serialization._get_layout": lambda *_: None,
             "torch.Tensor": "torch.Tensor",
             "torch.nn.parameter.Parameter": "torch.nn.Parameter",
             "torch._utils._rebuild_tensor": self.tensor,
@@ -156,7 +157,7 @@ class _OutlineUnpickler(pickle._Unpickler):
             return self.stand_ins[full]
         if full in _ODD_TENSORS:
             return _odd_tensor(_ODD_TENSORS[full])
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype | torch.qscheme):
             return vars(torch)[name]
         kind = name.removesuffix("Storage")
         if module in ("torch", "torch.cuda", "torch.storage") and kind in _ITEM_SIZES:

@@ -24,7 +24,7 @@ from metamerge.checkpoints.manifests import (
 )
 from metamerge.checkpoints.opening import display, open_regular, sha256
 from metamerge.checkpoints.plain import plain_weights
-from metamerge.errors import ConfigError, IncompatibleWeights
+from metamerge.errors import CheckpointError, ConfigError, IncompatibleWeights
 from metamerge.weights import Weights
 
 WEIGHTS_NAME = "model.safetensors"
@@ -97,7 +97,7 @@ def check_output(
     Raises:
         ConfigError: If the target is a file, lies in a zoo, holds something already that may not
             be replaced, or holds one of the sources.
-        OSError: If the place cannot be written to.
+        PermissionError: If the place cannot be written to.
     """
     target = Path(os.path.realpath(os.path.expanduser(folder)))
     for source in sources:
@@ -124,9 +124,10 @@ def _check_apart(target: Path, source: object) -> None:
 
 
 def _is_zoo(folder: Path) -> bool:
-    if not (folder / MANIFEST_NAME).is_file():
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:  # the manifest of some other program
         return False
-    manifest = read_manifest(folder)
     return manifest is not None and manifest["format"] == ZOO_FORMAT
 
 

@@ -215,11 +215,12 @@ class CompetenceGate(nn.Module):
         told = self.head(self.mixer(torch.cat([token, *context, peak], -1)))  # [f, m, c, 5]
         told = told * spread[:, None, None, None]
         level, slope, decided, gamma, scale = told[:, :, None].unbind(-1)  # [f, m, 1, c]
-        centred = logits - logits.mean(-1, keepdim=True)
+        offset = logits.mean(-1, keepdim=True)  # [f, m, r, 1]
         sure = logits.log_softmax(-1).amax(-1, keepdim=True)
         score = level + slope * logits.log_softmax(-1).clamp_min(-12) + decided * sure.clamp_min(-4)
         beta = score.softmax(1)  # [f, m, r, c]
-        return (beta * (centred * scale.exp() + gamma)).sum(1)
+        told = beta * ((logits - offset) * scale.exp() + gamma)
+        return told.sum(1) + offset.mean(1)  # the offset changes no probability, but keeps copies of one network exact
 
 
 def mix(members: Weights, layout: Layout, mixing: dict[str, Tensor]) -> Weights:

@@ -339,13 +339,15 @@ def test_an_impossible_experiment_name_gives_way_to_another(store, client):
 def work_in_a_silent_run(uri: str) -> tuple[float, list[str]]:
     """Return how long a body with a store that fails took, and what it was told."""
     begin, done = time.perf_counter(), 0
-    with warnings.catch_warnings(record=True, action="always") as told:
-        with track("train", options={"a": 1}, uri=uri, resume="f" * 32) as run:
-            for step in range(100):
-                run.metrics({"loss": 1.0}, step=step)
-                done += 1
-            assert run.child("child", metrics={"loss": 1.0}) is None
-            run.text("text", "notes.txt")
+    with (
+        warnings.catch_warnings(record=True, action="always") as told,
+        track("train", options={"a": 1}, uri=uri, resume="f" * 32) as run,
+    ):
+        for step in range(100):
+            run.metrics({"loss": 1.0}, step=step)
+            done += 1
+        assert run.child("child", metrics={"loss": 1.0}) is None
+        run.text("text", "notes.txt")
     assert done == 100
     assert run.id is None
     assert run.unsent == {"run": 1, "options": 1, "metrics": 100, "child": 1, "artifact": 1}

@@ -1,0 +1,417 @@
+"""Compare a merger with everything else: ``python -m evaluation.compare``.
+
+Test families and test images appear here and nowhere else. Every way of getting one network from a family's members is
+scored beside its controls; the table goes to the terminal, to ``leaderboard.json`` and, row by row, to MLflow.
+"""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from evaluation import controls
+from evaluation.gates import collapse_gates
+from evaluation.metrics import accuracy
+from evaluation.plots import leaderboard_figure
+from evaluation.tracking import track
+from metamerge.api import merge
+from metamerge.errors import ConfigError, MetaMergeError
+from metamerge.mergers import GNNMerger, load_merger, read_card
+from metamerge.weights import Weights, stack, unstack
+from zoo import architectures
+from zoo.build import ZooOptions, build_with_progress, options_of, split_of
+from zoo.options import parse
+from zoo.store import Zoo, load_zoo
+from zoo.tasks import TaskSplit
+from zoo.training import predict
+
+SCRATCH_SEED = 2_000_000_011  # inits of controls: beyond those of any zoo
+MERGER = "gnn"
+AGAINST = ("best member", "average, aligned", "soft-vote ensemble", "distilled from best member")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare a trained merger with averages, ensembles, distillation and training on the same images."""
+
+    merger: str = "runs/merger"  # folder of the trained merger
+    zoo: str | None = None  # folder of the zoo; the merger's own if not given
+    out: str = "runs/compare"  # folder of leaderboard.json and its picture
+    members: tuple[int, ...] = ()  # numbers of members to compare at; all of the zoo if not given
+    seed: int = 0  # seed of everything random in the methods
+    tracking: bool = True  # log every row to MLflow
+    experiment: str = "metamerge"  # name of the MLflow experiment
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One way of getting predictions, scored on all test families of one size."""
+
+    method: str
+    members: int
+    data: str
+    accuracies: Tensor  # [f]
+    seconds: float
+    parameters: int
+    control: bool
+
+    def row(self) -> dict[str, Any]:
+        """The row of ``leaderboard.json``."""
+        spread = self.accuracies.std(correction=1) if len(self.accuracies) > 1 else torch.tensor(0.0)
+        return {
+            "method": self.method,
+            "members": self.members,
+            "data": self.data,
+            "accuracy_mean": round(float(self.accuracies.mean()), 6),
+            "accuracy_std": round(float(spread), 6),
+            "accuracy_worst": round(float(self.accuracies.min()), 6),
+            "families": len(self.accuracies),
+            "seconds": round(self.seconds, 6),
+            "parameters": self.parameters,
+            "control": self.control,
+        }
+
+
+class Bench:
+    """Everything that is needed to score one size of family."""
+
+    def __init__(self, zoo: Zoo, split: TaskSplit, members: int, merger: GNNMerger, seed: int) -> None:
+        self.layout, self.options, self.members = zoo.layout, options_of(zoo), members
+        self.zoo, self.split, self.merger, self.seed = zoo, split, merger, seed
+        self.families = zoo.families("test", members)  # [f, m, ...]
+        self.count = next(iter(self.families.values())).shape[0]
+        self.budget = controls.Budget(split.images("objective"), split.images("validation"))
+        self.images = len(self.budget.everything[1])
+        sizes = [t[0, 0].numel() for t in self.families.values() if t.is_floating_point()]
+        self.parameters = sum(sizes)
+
+    def network(self) -> nn.Module:
+        """A fresh network of the families' architecture."""
+        task = self.split.task
+        return architectures.build(
+            self.options.architecture, task.inputs.shape[1:], task.classes, widths=self.options.widths
+        )
+
+    def merged(self, name: str, data: str, **arguments: Any) -> Scored:
+        """Score a merge method through the public interface, family by family."""
+        carried = self.zoo.manifest["program"]
+        members = [unstack({k: t[f] for k, t in self.families.items()}) for f in range(self.count)]
+        sources = [[_member(self.zoo, self.members, f, m, w, carried) for m, w in enumerate(own)]
+                   for f, own in enumerate(members)]
+        clock = time.perf_counter()
+        fused = [merge(own, seed=self.seed, device="cpu", **arguments).weights for own in sources]
+        seconds = time.perf_counter() - clock
+        return self.scored(name, data, stack(fused), seconds, control=False)
+
+    def scored(
+        self, name: str, data: str, weights: Weights, seconds: float, *, control: bool, times: int = 1
+    ) -> Scored:
+        """Score networks ``[f, ...]`` on the test images."""
+        inputs, targets = self.split.images("test")
+        found = accuracy(predict(self.layout.program, weights, inputs), targets)
+        return Scored(
+            name, self.members, data, found, seconds / self.count, times * self.parameters, control
+        )
+
+    def voted(self) -> list[Scored]:
+        """The ensembles, which keep all members."""
+        inputs, targets = self.split.images("test")
+        clock = time.perf_counter()
+        chosen = controls.votes(self.families, self.layout, inputs)
+        seconds = (time.perf_counter() - clock) / self.count
+        names = {"soft_vote": "soft-vote ensemble", "majority_vote": "majority-vote ensemble"}
+        return [
+            Scored(
+                names[key], self.members, "none", (classes == targets).float().mean(1), seconds,
+                self.members * self.parameters, True,
+            )
+            for key, classes in chosen.items()
+        ]
+
+    def union_rows(self) -> list[Tensor]:
+        """Rows of each family's segments, without repeats."""
+        rows = self.zoo.rows("test", self.members)  # [f, m, longest]
+        return [own[own >= 0].unique().long() for own in rows]
+
+
+def methods(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
+    """Every merge method of the comparison, each a call that scores it."""
+    labelled = bench.budget.everything
+    unlabelled = labelled[0]
+    u, lab = f"unlabelled:{bench.images}", f"labelled:{bench.images}"
+    plain = {"method": "average", "align": None}
+    aligned = {"method": "average", "align": "weight_matching"}
+    bare = _without_residual(bench.merger)
+    table: list[tuple[str, str, dict[str, Any]]] = [
+        (MERGER, "none", {"method": "gnn", "merger": bench.merger}),
+        (f"{MERGER}, no residual, no prior", "none", {"method": "gnn", "merger": bare}),
+        (f"{MERGER}, calibrated", u, {"method": "gnn", "merger": bench.merger, "batches": unlabelled}),
+        ("average", "none", plain),
+        ("average, aligned", "none", aligned),
+        ("average, aligned + repair", u, {**aligned, "correct": "repair", "batches": unlabelled}),
+        ("average, aligned + refit", u, {**aligned, "correct": "refit", "batches": unlabelled}),
+        ("rank average, aligned", lab, {"method": "rank_average", "batches": labelled}),
+        ("cluster, all", "none", {"method": "cluster", "keep": "all"}),
+        ("cluster, best", lab, {"method": "cluster", "keep": "best", "batches": labelled}),
+    ]
+    for name, data, arguments in table:
+        if arguments["method"] == "cluster" and bench.members < 3:
+            continue  # two members have no clusters to speak of
+        yield lambda n=name, d=data, a=arguments: [bench.merged(n, d, **a)]
+
+
+def control_calls(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
+    """Every control, each a call that scores it."""
+    u, lab = f"unlabelled:{bench.images}", f"labelled:{bench.images}"
+    families, layout, budget = bench.families, bench.layout, bench.budget
+    seeds = [SCRATCH_SEED + f for f in range(bench.count)]
+    best = controls.best_members(families, layout, budget)
+    average = controls.aligned_average(families, layout)
+
+    def timed(name: str, data: str, make: Callable[[], Weights]) -> Callable[[], list[Scored]]:
+        def call() -> list[Scored]:
+            clock = time.perf_counter()
+            weights = make()
+            return [bench.scored(name, data, weights, time.perf_counter() - clock, control=True)]
+
+        return call
+
+    yield bench.voted
+    yield timed("best member", lab, lambda: controls.best_members(families, layout, budget))
+    yield timed("distilled from best member", u, lambda: controls.distilled(best, families, layout, budget)[0])
+    yield timed(
+        "distilled from aligned average", u, lambda: controls.distilled(average, families, layout, budget)[0]
+    )
+    yield timed("best member, fine-tuned", lab, lambda: controls.fine_tuned(best, layout, budget)[0])
+    yield timed(
+        "trained from scratch", lab, lambda: controls.from_scratch(bench.network, seeds, layout, budget)[0]
+    )
+    yield timed(
+        "trained on all segments (ceiling)",
+        "segments",
+        lambda: controls.on_union(
+            bench.network,
+            seeds,
+            layout,
+            (bench.split.task.inputs, bench.split.task.targets),
+            bench.union_rows(),
+            epochs=bench.options.epochs,
+            batch_size=bench.options.batch_size,
+            lr=bench.options.lr,
+        ),
+    )
+
+
+def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
+    """Score everything, print the table, write the files, log the rows.
+
+    Args:
+        options: What to compare.
+        console: Where to print.
+
+    Returns:
+        The rows of ``leaderboard.json``.
+
+    Raises:
+        ConfigError: If merger and zoo do not belong together.
+    """
+    merger, card = load_merger(options.merger), read_card(options.merger)
+    zoo = _zoo(options, card, console)
+    sizes = options.members or zoo.sizes
+    unknown = sorted(set(sizes) - set(zoo.sizes))
+    if unknown:
+        raise ConfigError(f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}.")
+    split = split_of(options_of(zoo))
+    with track(
+        f"compare {zoo.manifest['task']['name']}",
+        options={**asdict(options), "zoo_digest": zoo.digest},
+        experiment=options.experiment,
+        enabled=options.tracking,
+    ) as tracked:
+        benches = [Bench(zoo, split, size, merger, options.seed) for size in sizes]
+        calls = [call for b in benches for call in (*methods(b), *control_calls(b))]
+        scored: list[Scored] = []
+        with _progress(console, len(calls)) as advance:
+            for call in calls:
+                scored += call()
+                advance()
+        gates = {f"k{b.members}": _gates(b, split) for b in benches}
+        scored.sort(key=lambda s: -float(s.accuracies.mean()))
+        rows = [s.row() for s in scored]
+        meta = _meta(options, zoo, split, card, scored, gates)
+        out = _write(Path(options.out), rows, meta)
+        figure = leaderboard_figure(rows, title=f"{zoo.manifest['task']['name']}: accuracy on test images")
+        figure.savefig(out / "leaderboard.png", dpi=150)
+        for row in rows:
+            named = {k: row[k] for k in ("method", "members", "data", "control")}
+            numbers = {k: row[k] for k in row if k not in named}
+            tracked.child(f"{row['method']} K={row['members']}", options=named, metrics=numbers)
+        tracked.metrics(_summary(rows))
+        for name in ("leaderboard.json", "leaderboard.meta.json", "leaderboard.png"):
+            tracked.artifact(out / name)
+    _print(console, rows, meta, sizes)
+    console.print(f"[bold]compare[/] {out}/leaderboard.json, leaderboard.meta.json, leaderboard.png")
+    return rows
+
+
+def _zoo(options: CompareOptions, card: dict[str, Any], console: Console) -> Zoo:
+    if options.zoo:
+        return load_zoo(options.zoo)
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in card["zoo"]["options"].items()}
+    return build_with_progress(ZooOptions(**told), console)
+
+
+def _member(zoo: Zoo, members: int, family: int, member: int, weights: Weights, program: dict) -> Any:
+    from metamerge.checkpoints import Checkpoint
+
+    name = f"{zoo.address('test', members, family)}/{member}"
+    return Checkpoint(name=name, weights=weights, program=program)
+
+
+def _without_residual(merger: GNNMerger) -> GNNMerger:
+    """The same merger with its residual and its input prior at zero."""
+    bare = copy.deepcopy(merger)
+    with torch.no_grad():
+        for name, parameter in bare.named_parameters():
+            if name.startswith(("row_factor.", "prior")):
+                parameter.zero_()
+    return bare
+
+
+def _gates(bench: Bench, split: TaskSplit) -> list[dict[str, Any]]:
+    gates = collapse_gates(
+        lambda members: bench.merger(members, bench.layout),
+        bench.families,
+        bench.layout,
+        *split.images("validation"),
+        seed=bench.seed,
+    )
+    return [{**asdict(gate), "passed": gate.passed} for gate in gates]
+
+
+def _meta(
+    options: CompareOptions,
+    zoo: Zoo,
+    split: TaskSplit,
+    card: dict[str, Any],
+    scored: Sequence[Scored],
+    gates: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    return {
+        "task": zoo.manifest["task"],
+        "zoo": {"folder": str(zoo.folder), "digest": zoo.digest, "options": zoo.options},
+        "images": {part: len(split.rows(part)) for part in ("segments", "objective", "validation", "test")},
+        "seeds": {"zoo": zoo.options["seed"], "merger": card["options"]["seed"], "compare": options.seed},
+        "merger": {"folder": options.merger, "card": card},
+        "protocol": {
+            "data": "what a method used at merge time; the merger was trained once, before, on the labelled "
+            "objective images, and saw none of the test families",
+            "controls": f"learning rate from {controls.RATES} chosen on validation images, then trained on "
+            "objective and validation images together",
+        },
+        "differences": _differences(scored),
+        "gates": gates,
+    }
+
+
+def _differences(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """The merger against its rivals, paired over families, with a 95 % interval of the mean difference."""
+    found = {(s.method, s.members): s.accuracies for s in scored}
+    rows = []
+    for size in sorted({s.members for s in scored}):
+        for rival in AGAINST:
+            gaps = found[MERGER, size] - found[rival, size]
+            half = 1.96 * float(gaps.std(correction=1)) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+            rows.append(
+                {"members": size, "against": rival, "difference": float(gaps.mean()), "half_width": half}
+            )
+    return rows
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The merger's own figures, for the parent run."""
+    return {
+        f"{MERGER}_accuracy_k{row['members']}": row["accuracy_mean"]
+        for row in rows
+        if row["method"] == MERGER
+    }
+
+
+def _write(out: Path, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in (("leaderboard.json", rows), ("leaderboard.meta.json", meta)):
+        partial = out / f".{name}.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, out / name)
+    return out
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
+        task = bar.add_task("compare", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _print(console: Console, rows: list[dict[str, Any]], meta: dict[str, Any], sizes: Sequence[int]) -> None:
+    by_method: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["members"]] = row
+    largest = max(sizes)
+    order = sorted(by_method, key=lambda m: -by_method[m].get(largest, {"accuracy_mean": 0})["accuracy_mean"])
+    families = rows[0]["families"]
+    table = Table(
+        title=f"{meta['task']['name']}: test accuracy in % over {families} families, mean ± std (worst)",
+        caption="Controls in italics. 'at merge' is what a method needs when it merges.",
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("at merge", no_wrap=True)
+    for size in sizes:
+        table.add_column(f"K={size}", justify="right", no_wrap=True)
+    table.add_column(f"s (K={largest})", justify="right", no_wrap=True)
+    for method in order:
+        own = by_method[method]
+        one = next(iter(own.values()))
+        style = "italic" if one["control"] else "bold" if method == MERGER else None
+        seconds = f"{own[largest]['seconds']:.2f}" if largest in own else ""
+        table.add_row(method, one["data"], *(_cell(own.get(size)) for size in sizes), seconds, style=style)
+    console.print(table)
+    for entry in meta["differences"]:
+        console.print(
+            f"K={entry['members']}: {MERGER} minus {entry['against']}: "
+            f"{100 * entry['difference']:+.1f} ± {100 * entry['half_width']:.1f} points"
+        )
+    failed = [f"{k} {g['name']}" for k, gates in meta["gates"].items() for g in gates if not g["passed"]]
+    console.print(f"[bold]gates[/] {'FAILED: ' + ', '.join(failed) if failed else 'all passed'}")
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    mean, spread, worst = (100 * row[f"accuracy_{k}"] for k in ("mean", "std", "worst"))
+    return f"{mean:.1f} ± {spread:.1f} ({worst:.1f})"
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.compare``."""
+    options = parse(CompareOptions, prog="python -m evaluation.compare")
+    try:
+        compare(options, Console())
+    except MetaMergeError as error:
+        raise SystemExit(f"compare: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

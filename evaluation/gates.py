@@ -1,0 +1,164 @@
+"""Collapse gates: what every merger must pass before its accuracy means anything.
+
+A decoder trained on a task loss can become a constant network that ignores its inputs and still scores high on that
+task. Each gate is a number with a limit; a merger that breaks one is broken, whatever its accuracy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaluation.metrics import accuracy
+from metamerge.alignment import weight_matching
+from metamerge.structure import OUTPUTS, Layout
+from metamerge.weights import Weights
+from zoo.training import predict
+
+Merge = Callable[[Weights], Weights]
+"""Aligned members ``[f, m, ...]`` -> fused weights ``[f, ...]``."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate: what was measured, and the largest value that passes."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is within the limit (NaN never is)."""
+        return self.value <= self.limit
+
+
+@torch.no_grad()
+def collapse_gates(
+    merge: Merge, families: Weights, layout: Layout, inputs: Tensor, targets: Tensor, *, seed: int = 0
+) -> list[Gate]:
+    """Run all gates on families that the merger has not seen.
+
+    Args:
+        merge: The merger, on aligned members.
+        families: Members as they were trained, not aligned, ``[f, m, ...]``.
+        layout: Weight graph of their architecture.
+        inputs: Images to judge on, ``[b, ...]``; not the test images.
+        targets: Their classes, ``[b]``.
+        seed: Seed of noise and permutations.
+
+    Returns:
+        The gates, in a fixed order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    judge = _Judge(merge, layout, inputs)
+    fused = judge(families)  # [f, b, c]
+    classes = fused.shape[-1]
+    chance = 1 / classes
+    relabelled, labels = _relabel(families, layout, classes, generator)
+    other = judge(relabelled)
+    permuted = layout.spec.permute(families, _hidden(families, layout, generator))
+    order = torch.randperm(next(iter(families.values())).shape[1], generator=generator)
+    copies = {k: t[:, :1].expand_as(t) for k, t in families.items()}
+    single = {k: t[:, 0] for k, t in families.items()}
+    shuffled_copies = layout.spec.permute(copies, _hidden(copies, layout, generator))
+    score = accuracy(fused, targets).mean()
+    moved = accuracy_relabelled(other, labels, targets).mean()
+    return [
+        Gate("garbage_gaussian", _score(judge(_noise(families, generator)), targets), chance + 0.05),
+        Gate("garbage_shuffled", _score(judge(_shuffled(families, generator)), targets), chance + 0.05),
+        Gate("label_permutation", float((score - moved).abs()), 0.02),
+        Gate("output_cosine", _cosine(other), 0.3),
+        Gate("hidden_permutation", _relative(judge(permuted), fused), 1e-4),
+        Gate("member_order", _relative(judge({k: t[:, order] for k, t in families.items()}), fused), 1e-4),
+        Gate("identical_members", _relative(judge(shuffled_copies), predict(layout.program, single, inputs)), 1e-3),
+    ]
+
+
+def accuracy_relabelled(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Accuracy of networks whose classes were renamed.
+
+    Args:
+        logits: ``[f, b, c]``.
+        labels: ``labels[f, i]`` is the class that logit ``i`` stands for, ``[f, c]``.
+        targets: ``[b]``.
+
+    Returns:
+        ``[f]``.
+    """
+    named = torch.take_along_dim(labels, logits.argmax(-1), dim=1)  # [f, b]
+    return (named == targets).float().mean(1)
+
+
+class _Judge:
+    """Align, merge, run."""
+
+    def __init__(self, merge: Merge, layout: Layout, inputs: Tensor) -> None:
+        self.merge, self.layout, self.inputs = merge, layout, inputs
+
+    def __call__(self, families: Weights) -> Tensor:
+        spec = self.layout.spec
+        fused = self.merge(spec.permute(families, weight_matching(families, spec)))
+        return predict(self.layout.program, fused, self.inputs)
+
+
+def _hidden(families: Weights, layout: Layout, generator: torch.Generator) -> dict[str, Tensor]:
+    return layout.spec.random(generator, next(iter(families.values())).shape[:2])
+
+
+def _noise(families: Weights, generator: torch.Generator) -> Weights:
+    """Gaussian tensors with the mean and spread of the members' own; variances stay positive."""
+    noise = {}
+    for key, tensor in families.items():
+        if not tensor.is_floating_point():
+            noise[key] = tensor
+            continue
+        drawn = tensor.mean() + tensor.std() * torch.randn(tensor.shape, generator=generator).to(tensor)
+        noise[key] = drawn.abs() + 1e-3 if key.endswith("running_var") else drawn
+    return noise
+
+
+def _shuffled(families: Weights, generator: torch.Generator) -> Weights:
+    """Every member's own numbers, in random places within each tensor."""
+    shuffled = {}
+    for key, tensor in families.items():
+        flat = tensor.flatten(2) if tensor.ndim > 2 else tensor[..., None]
+        index = torch.rand(flat.shape, generator=generator).argsort(-1).to(tensor.device)
+        shuffled[key] = flat.gather(-1, index).view_as(tensor)
+    return shuffled
+
+
+def _relabel(
+    families: Weights, layout: Layout, classes: int, generator: torch.Generator
+) -> tuple[Weights, Tensor]:
+    """Rename the classes of each family, for all its members alike."""
+    count, members = next(iter(families.values())).shape[:2]
+    labels = torch.rand(count, classes, generator=generator).argsort(-1)
+    index = labels[:, None].expand(-1, members, -1)
+    renamed = dict(families)
+    for layer in layout.producers(OUTPUTS):
+        for key in filter(None, (layer.weight, layer.bias)):
+            tensor = families[key]
+            place = index.reshape(count, members, classes, *[1] * (tensor.ndim - 3)).to(tensor.device)
+            renamed[key] = torch.take_along_dim(tensor, place, dim=2)
+    return renamed, labels
+
+
+def _score(logits: Tensor, targets: Tensor) -> float:
+    return float(accuracy(logits, targets).mean())
+
+
+def _relative(logits: Tensor, reference: Tensor) -> float:
+    """Largest deviation over families, relative to the size of the reference."""
+    gap = (logits - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+    return float(gap.max())
+
+
+def _cosine(logits: Tensor) -> float:
+    """Mean cosine between the outputs of different families."""
+    if len(logits) < 2:
+        return float("nan")
+    flat = torch.nn.functional.normalize((logits - logits.mean(-1, keepdim=True)).flatten(1), dim=1)
+    cosines = flat @ flat.T
+    return float((cosines.sum() - cosines.trace()) / (len(flat) * (len(flat) - 1)))

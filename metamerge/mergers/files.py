@@ -1,0 +1,72 @@
+"""Trained mergers on disk: ``merger.safetensors`` and ``merger.json`` in a folder of their own."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from metamerge.checkpoints import read_checkpoints, save_checkpoint
+from metamerge.errors import ConfigError, IncompatibleWeights, Unreadable
+from metamerge.mergers.gnn import GNNConfig, GNNMerger
+
+KIND = "gnn"
+
+
+def save_merger(merger: GNNMerger, folder: str | os.PathLike[str], card: Mapping[str, Any]) -> Path:
+    """Write a merger, replacing an older one only when the new one is complete.
+
+    Args:
+        merger: The trained merger.
+        folder: Where it shall lie.
+        card: What a reader wants to know: data, options, seeds, figures.
+
+    Returns:
+        The folder.
+    """
+    metadata = {"kind": KIND, "config": asdict(merger.config), "card": dict(card)}
+    return save_checkpoint(merger.state_dict(), folder, metadata=metadata, overwrite=True)
+
+
+def load_merger(folder: str | os.PathLike[str]) -> GNNMerger:
+    """Read a merger that ``save_merger`` wrote.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        The merger, in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: If there is no merger at that place.
+        Unreadable: If the folder holds something else.
+        IncompatibleWeights: If the weights are not those of the configuration.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"merger: {os.fspath(folder)!r} does not exist. Train one with `accelerate launch "
+            "trainers/merger.py` and pass its folder, or choose a method that needs none, such as method='average'."
+        )
+    checkpoint = read_checkpoints(folder)[0]
+    metadata = checkpoint.metadata
+    if metadata.get("kind") != KIND:
+        raise Unreadable(f"{os.fspath(folder)}: this checkpoint is no merger. Pass a folder written by trainers/merger.py.")
+    config = metadata["config"]
+    merger = GNNMerger(GNNConfig(**{**config, "input_shape": tuple(config["input_shape"])}))
+    try:
+        merger.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        raise IncompatibleWeights(f"{os.fspath(folder)}: {error}") from error
+    return merger.eval()
+
+
+def read_card(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The card that was saved with a merger.
+
+    Args:
+        folder: The merger's folder.
+
+    Returns:
+        The card.
+    """
+    return read_checkpoints(folder)[0].metadata["card"]

@@ -1,0 +1,117 @@
+"""Repair: give every unit of fused weights the mean and spread that its members' units have.
+
+Paper: Jordan, Sedghi, Saukh, Entezari, Neyshabur, "REPAIR: REnormalizing Permuted Activations for
+Interpolation Repair", ICLR 2023, arXiv:2211.08403. We differ in two ways: the correction is folded
+into weight and bias at once, so no normalisation layer is put in and taken out again; and layers
+are corrected from input to output, each on what the corrected layers before it give.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metamerge.refit import fold, unit_rows
+from metamerge.structure import Execution, Layer, Layout
+from metamerge.weights import Weights
+
+_CONSTANT = 1e-4  # spread, relative to the wanted one, below which there is nothing to scale
+
+
+class _Moments(NamedTuple):
+    """Mean and standard deviation of every unit, ``[n, o]``."""
+
+    mean: Tensor
+    spread: Tensor
+
+
+def repair(fused: Weights, members: Weights, layout: Layout, inputs: Tensor) -> Weights:
+    """Rescale and shift the pre-activations of fused weights to their members' mean statistics.
+
+    On the given inputs each unit gets the mean of its members' means and of their standard
+    deviations. Left as they are: output layers (no other layer comes after them), the scale of
+    units that are constant in the fused network, and the mean of units without a bias. Where a
+    batch normalisation reads a layer without a bias, its running mean takes the shift.
+
+    Args:
+        fused: Fused weights of ``f`` families, ``[f, ...]``.
+        members: Their aligned members, ``[f, m, ...]``.
+        layout: Layers of the architecture.
+        inputs: Calibration inputs, ``[b, ...]``.
+
+    Returns:
+        New weights ``[f, ...]``.
+    """
+    families, count = next(iter(members.values())).shape[:2]
+    repaired = {key: tensor.clone() for key, tensor in fused.items()}
+    flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
+    theirs = Execution(layout.program, flat, [inputs], stacked=True)
+    own = Execution(layout.program, repaired, [inputs], stacked=True)
+    hidden, running_means = _hidden(layout), _running_means(layout)
+    for node in layout.program.nodes:
+        read = {name: own.values[name] for name in node.refs if name in own.values}
+        observed, current = theirs.step(node), own.step(node)
+        if node.name not in hidden:
+            continue
+        layer = layout.by_node[node.name]
+        each = _moments(observed.value, layer)
+        wanted = _Moments(*(m.unflatten(0, (families, count)).mean(1) for m in each))
+        mean_key = running_means.get(node.name)
+        repaired.update(_matched(repaired, layer, _moments(current.value, layer), wanted, mean_key))
+        own.values.update(read)  # once more, now with the corrected layer
+        own.step(node)
+    for alias, key in layout.program.tied.items():
+        if alias in repaired:
+            repaired[alias] = repaired[key].clone()
+    return repaired
+
+
+def _moments(value: Tensor, layer: Layer) -> _Moments:
+    rows = unit_rows(value, layer)  # [n, r, o]
+    return _Moments(rows.mean(1), rows.var(1, correction=0).sqrt())
+
+
+def _matched(
+    weights: Weights, layer: Layer, current: _Moments, wanted: _Moments, running_mean: str | None
+) -> Weights:
+    """The layer's tensors, changed so that its units go from the current moments to the wanted."""
+    scalable = current.spread > _CONSTANT * wanted.spread
+    factor = torch.where(scalable, wanted.spread / current.spread.where(scalable, 1.0), 1.0)
+    bias = weights[layer.bias] if layer.bias else None
+    weight, bias = fold(weights[layer.weight], bias, factor, current.mean, wanted.mean)
+    if bias is not None:
+        return {layer.weight: weight, layer.bias: bias}
+    if running_mean is None:
+        return {layer.weight: weight}
+    shift = wanted.mean - factor * current.mean
+    return {layer.weight: weight, running_mean: weights[running_mean] - shift}
+
+
+def _hidden(layout: Layout) -> set[str]:
+    """Nodes of the layers that other layers read, directly or through what lies between."""
+    hidden: set[str] = set()
+    behind: dict[str, set[str]] = {}  # value -> layers that it comes from
+    for node in layout.program.nodes:
+        sources = set().union(*(behind.get(name, ()) for name in node.refs))
+        if node.name in layout.by_node:
+            hidden |= sources
+            sources = {node.name}
+        behind[node.name] = sources
+    return hidden
+
+
+def _running_means(layout: Layout) -> dict[str, str]:
+    """Node of a layer that only a batch normalisation reads -> key of that one's running mean."""
+    parameters = layout.program.parameters
+    readers: dict[str, list] = {}
+    for node in layout.program.nodes:
+        for name in node.refs:
+            readers.setdefault(name, []).append(node)
+    return {
+        name: parameters[own[0].args[3].name]
+        for name, own in readers.items()
+        if len(own) == 1
+        and own[0].op == "batch_norm.default"
+        and own[0].refs[0] == name
+        and own[0].args[3] is not None
+    }

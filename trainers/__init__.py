@@ -1,0 +1,1 @@
+"""The training scripts, in reading order: merger.py."""
