@@ -16,7 +16,7 @@ from metamerge.calibration import Batches, collect
 from metamerge.checkpoints import Checkpoint, Source, read_checkpoints, save_checkpoint
 from metamerge.errors import ConfigError, IncompatibleWeights
 from metamerge.refit import observe, refit
-from metamerge.registry import bind, get_method
+from metamerge.registry import bind, check_options, get_method
 from metamerge.repair import repair
 from metamerge.structure import Layout, PermutationSpec, Program, discover_program, prove, trace
 from metamerge.weights import Weights, check_compatible, check_finite, stack, strip_wrappers, unstack
@@ -126,6 +126,7 @@ def merge(
     align = record.align if align == "default" else align
     _check_choice("align", align, ALIGNMENTS)
     _check_choice("correct", correct, CORRECTIONS)
+    check_options(record, options)
     sources = _listed(checkpoints)
     members = [found for source in sources for found in read_checkpoints(source)]
     named = _checked(members)
@@ -143,7 +144,8 @@ def merge(
 
     data = None if batches is None else collect(batches, labelled=False)
     layout = None
-    if align or correct or "layout" in record.required:
+    wanted = "layout" in record.required or ("layout" in record.resources and data is not None)
+    if align or correct or wanted:
         layout = _layout(members, sources, model, spec, data)
         for name, weights in named:
             layout.program.check_weights(name, weights)

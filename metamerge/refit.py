@@ -113,14 +113,19 @@ def construct(
         layer = layout.by_node.get(node.name)
         if layer is not None:
             target = targets(layer, observed[node.name])
-            weight = fused[layer.weight]
-            bias = fused[layer.bias] if layer.bias else None
+            current = _rows(execution.peek(node).value, layer)  # [f, r, o]
             lane = execution.argument(node, 0)
-            step = _rescale if not lane.stacked else _regress
-            weight, bias = step(node, layer, lane, weight, bias, target, ridge)
-            fitted[layer.weight] = weight
-            if layer.bias:
-                fitted[layer.bias] = bias
+            if lane.stacked and layer.regressable:
+                changed = _regress(node, layer, lane, fitted, current, target, ridge)
+            else:
+                changed = _rescale(layer, fitted, current, target)
+            fitted.update(changed)
+            mean_key = layout.running_means.get(node.name)
+            if layer.bias is None and mean_key:  # the normalisation behind takes the shift that a bias would
+                reached = _rows(execution.peek(node).value, layer).mean(1)
+                before = current.mean(1)
+                wanted = before + target.strength * (target.value.mean(1) - before)
+                fitted[mean_key] = fitted[mean_key] + reached - wanted
         execution.step(node)
     return fitted
 
@@ -154,24 +159,15 @@ def _std(values: Tensor, dim: int) -> Tensor:
     return (values.var(dim, correction=0) + 1e-8).sqrt()
 
 
-def _rescale(
-    node: Node,
-    layer: Layer,
-    lane: Lane,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Target,
-    ridge: Tensor | float,
-) -> tuple[Tensor, Tensor | None]:
-    """Give each unit the target's spread; inputs are shared, so direction and mean are right already."""
-    rows = _inputs(node, layer, lane, weight)  # [1, r, i]
-    current = rows @ weight.flatten(2).mT
-    current = current if bias is None else current + bias[:, None]
+def _rescale(layer: Layer, weights: Weights, current: Tensor, target: Target) -> Weights:
+    """Give each unit the target's mean and spread and leave its direction; exact where inputs are shared."""
     factor = _std(target.value, 1) / _std(current, 1)  # [f, o]
     factor = 1 + target.strength * (factor - 1)
     mean = current.mean(1)
     wanted = mean + target.strength * (target.value.mean(1) - mean)
-    return fold(weight, bias, factor, mean, wanted)
+    bias = weights[layer.bias] if layer.bias else None
+    weight, bias = fold(weights[layer.weight], bias, factor, mean, wanted)
+    return {layer.weight: weight, **({layer.bias: bias} if layer.bias else {})}
 
 
 def fold(
@@ -197,24 +193,26 @@ def _regress(
     node: Node,
     layer: Layer,
     lane: Lane,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: Weights,
+    current: Tensor,
     target: Target,
     ridge: Tensor | float,
-) -> tuple[Tensor, Tensor | None]:
+) -> Weights:
+    """Ridge regression of what the layer misses on its own inputs."""
+    weight = weights[layer.weight]
     rows = _inputs(node, layer, lane, weight)  # [f, r, i]
-    current = torch.bmm(rows, weight.flatten(2).mT)
-    if bias is not None:
-        current = current + bias[:, None]
     miss = target.value - current  # [f, r, o]
-    offset = 0.0
-    if bias is not None:  # centring both sides is regression with a free bias
-        centre, offset = rows.mean(1, keepdim=True), miss.mean(1, keepdim=True)
-        change = solve_ridge(rows - centre, miss - offset, ridge)  # [f, i, o]
-        bias = bias + target.strength * (offset - torch.bmm(centre, change)).squeeze(1)
-    else:
-        change = solve_ridge(rows, miss, ridge)
-    return weight + target.strength * change.mT.reshape(weight.shape), bias
+    if layer.bias is None:
+        change = solve_ridge(rows, miss, ridge)  # [f, i, o]
+        return {layer.weight: weight + target.strength * change.mT.reshape(weight.shape)}
+    # centring both sides is regression with a free bias
+    centre, offset = rows.mean(1, keepdim=True), miss.mean(1, keepdim=True)
+    change = solve_ridge(rows - centre, miss - offset, ridge)
+    shift = (offset - torch.bmm(centre, change)).squeeze(1)
+    return {
+        layer.weight: weight + target.strength * change.mT.reshape(weight.shape),
+        layer.bias: weights[layer.bias] + target.strength * shift,
+    }
 
 
 def solve_ridge(inputs: Tensor, targets: Tensor, ridge: Tensor | float) -> Tensor:
@@ -259,18 +257,17 @@ def _rows(value: Tensor, layer: Layer) -> Tensor:
 
 
 def _inputs(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
-    """Inputs of a layer as rows by fan-in, at the same rows as ``_rows``: ``[f or 1, r, i]``."""
-    value = lane.value if lane.stacked else lane.value[None]
+    """Inputs of a regressable layer as rows by fan-in, at the same rows as ``_rows``: ``[f, r, i]``."""
     if layer.linear:
-        rows = value.flatten(1, -2)
+        rows = lane.value.flatten(1, -2)
     else:
         stride, padding, dilation = (
             node.argument(3, (1, 1)),
             node.argument(4, (0, 0)),
             node.argument(5, (1, 1)),
         )
-        patches = F.unfold(value.flatten(0, 1), weight.shape[3:], dilation, padding, stride)
-        rows = patches.unflatten(0, value.shape[:2]).mT.flatten(1, 2)  # [f, b*l, i]
+        patches = F.unfold(lane.value.flatten(0, 1), weight.shape[3:], dilation, padding, stride)
+        rows = patches.unflatten(0, lane.value.shape[:2]).mT.flatten(1, 2)  # [f, b*l, i]
     return rows[:, _sampled(rows.shape[1], rows.device)]
 
 

@@ -163,6 +163,24 @@ def bind(
     Raises:
         ConfigError: If an option is unknown or missing, or a resource that the method requires is.
     """
+    check_options(method, options)
+    given = {name: resources.get(name) for name in sorted(method.resources)}
+    for name in given:
+        if given[name] is None and name in method.required:
+            raise ConfigError(f"{method.name} needs {name!r}: {RESOURCES[name]}.")
+    return {**{name: value for name, value in given.items() if value is not None}, **options}
+
+
+def check_options(method: MergeMethod, options: Mapping[str, Any]) -> None:
+    """Check that a method has the options that a user gives, and gets those that it needs.
+
+    Args:
+        method: The method.
+        options: The user's options.
+
+    Raises:
+        ConfigError: If an option is unknown or missing.
+    """
     for name in options:
         if name not in method.options:
             raise ConfigError(
@@ -172,11 +190,6 @@ def bind(
     for name, default in method.options.items():
         if default is REQUIRED and name not in options:
             raise ConfigError(f"{method.name} needs the option {name!r}. {_options_of(method)}")
-    given = {name: resources.get(name) for name in sorted(method.resources)}
-    for name in given:
-        if given[name] is None and name in method.required:
-            raise ConfigError(f"{method.name} needs {name!r}: {RESOURCES[name]}.")
-    return {**{name: value for name, value in given.items() if value is not None}, **options}
 
 
 def _read(

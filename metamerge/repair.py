@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metamerge.refit import fold, unit_rows
-from metamerge.structure import Execution, Layer, Layout
+from metamerge.structure import OUTPUTS, Execution, Layer, Layout
 from metamerge.weights import Weights
 
 _CONSTANT = 1e-4  # spread, relative to the wanted one, below which there is nothing to scale
@@ -47,16 +47,15 @@ def repair(fused: Weights, members: Weights, layout: Layout, inputs: Tensor) -> 
     flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
     theirs = Execution(layout.program, flat, [inputs], stacked=True)
     own = Execution(layout.program, repaired, [inputs], stacked=True)
-    hidden, running_means = _hidden(layout), _running_means(layout)
     for node in layout.program.nodes:
         read = {name: own.values[name] for name in node.refs if name in own.values}
         observed, current = theirs.step(node), own.step(node)
-        if node.name not in hidden:
+        layer = layout.by_node.get(node.name)
+        if layer is None or layer.target == OUTPUTS:
             continue
-        layer = layout.by_node[node.name]
         each = _moments(observed.value, layer)
         wanted = _Moments(*(m.unflatten(0, (families, count)).mean(1) for m in each))
-        mean_key = running_means.get(node.name)
+        mean_key = layout.running_means.get(node.name)
         repaired.update(_matched(repaired, layer, _moments(current.value, layer), wanted, mean_key))
         own.values.update(read)  # once more, now with the corrected layer
         own.step(node)
@@ -86,32 +85,3 @@ def _matched(
     shift = wanted.mean - factor * current.mean
     return {layer.weight: weight, running_mean: weights[running_mean] - shift}
 
-
-def _hidden(layout: Layout) -> set[str]:
-    """Nodes of the layers that other layers read, directly or through what lies between."""
-    hidden: set[str] = set()
-    behind: dict[str, set[str]] = {}  # value -> layers that it comes from
-    for node in layout.program.nodes:
-        sources = set().union(*(behind.get(name, ()) for name in node.refs))
-        if node.name in layout.by_node:
-            hidden |= sources
-            sources = {node.name}
-        behind[node.name] = sources
-    return hidden
-
-
-def _running_means(layout: Layout) -> dict[str, str]:
-    """Node of a layer that only a batch normalisation reads -> key of that one's running mean."""
-    parameters = layout.program.parameters
-    readers: dict[str, list] = {}
-    for node in layout.program.nodes:
-        for name in node.refs:
-            readers.setdefault(name, []).append(node)
-    return {
-        name: parameters[own[0].args[3].name]
-        for name, own in readers.items()
-        if len(own) == 1
-        and own[0].op == "batch_norm.default"
-        and own[0].refs[0] == name
-        and own[0].args[3] is not None
-    }

@@ -26,8 +26,10 @@ class Layer:
         weight: State-dict key of the weight.
         bias: State-dict key of the bias, or None.
         source: Space that its columns read; ``inputs:<node>`` where they are fixed.
-        target: Space that its rows make; ``outputs`` where they are fixed.
+        target: Space that its rows make: a group, ``outputs`` where no layer comes after it, or ``fixed:<node>``.
         linear: Whether it is a linear map rather than a convolution.
+        regressable: Whether its weight is a matrix over (patches of) its inputs: linear, or an ungrouped 2-d
+            convolution.
     """
 
     node: str
@@ -36,6 +38,7 @@ class Layer:
     source: str
     target: str
     linear: bool
+    regressable: bool
 
     @property
     def reads_inputs(self) -> bool:
@@ -66,7 +69,8 @@ class Layout:
             StructureError: If a weight is used twice, computed, or joins several groups on one axis.
         """
         calls = [node for node in program.nodes if node.op in LAYERS]
-        layers = tuple(_layer(program, spec, node) for node in calls)
+        hidden = _hidden(program)
+        layers = tuple(_layer(program, spec, node, node.name in hidden) for node in calls)
         keys = [layer.weight for layer in layers]
         if len(set(keys)) < len(keys):
             raise StructureError(f"Some weights are used by several layers: {keys}.")
@@ -86,6 +90,22 @@ class Layout:
             sizes.setdefault(layer.source, columns)
             sizes.setdefault(layer.target, rows)
         return sizes
+
+    @cached_property
+    def running_means(self) -> dict[str, str]:
+        """Node of a layer that only a batch normalisation reads -> key of that one's running mean."""
+        readers: dict[str, list[Node]] = {}
+        for node in self.program.nodes:
+            for name in node.refs:
+                readers.setdefault(name, []).append(node)
+        return {
+            name: self.program.parameters[own[0].args[3].name]
+            for name, own in readers.items()
+            if len(own) == 1
+            and own[0].op == "batch_norm.default"
+            and own[0].refs[0] == name
+            and own[0].args[3] is not None
+        }
 
     def producers(self, space: str) -> list[Layer]:
         """Layers whose rows make the units of a space."""
@@ -122,7 +142,20 @@ class Layout:
         return rows, columns, rest
 
 
-def _layer(program: Program, spec: PermutationSpec, node: Node) -> Layer:
+def _hidden(program: Program) -> set[str]:
+    """Nodes of the layers that other layers read, directly or through what lies between."""
+    hidden: set[str] = set()
+    behind: dict[str, set[str]] = {}  # value -> layers that it comes from
+    for node in program.nodes:
+        sources = set().union(*(behind.get(name, ()) for name in node.refs))
+        if node.op in LAYERS:
+            hidden |= sources
+            sources = {node.name}
+        behind[node.name] = sources
+    return hidden
+
+
+def _layer(program: Program, spec: PermutationSpec, node: Node, hidden: bool) -> Layer:
     keys = [program.parameters.get(ref) for ref in node.refs[1:3]]
     if None in keys:
         raise StructureError(f"{node.name}: its weight is computed, not a parameter; this is not supported yet.")
@@ -131,5 +164,8 @@ def _layer(program: Program, spec: PermutationSpec, node: Node) -> Layer:
     if len(columns) > 1:
         raise StructureError(f"{weight}: its columns join {columns}; a merger needs one group per axis.")
     source = columns[0] if columns else f"inputs:{node.name}"
-    target = spec.row_group(weight) or OUTPUTS
-    return Layer(node.name, weight, bias, source, target, node.op in LINEAR)
+    target = spec.row_group(weight) or (f"fixed:{node.name}" if hidden else OUTPUTS)
+    linear = node.op in LINEAR
+    plain = node.op == "conv2d.default" and node.argument(6, 1) == 1
+    patches = plain and not isinstance(node.argument(4, ()), str)
+    return Layer(node.name, weight, bias, source, target, linear, linear or patches)

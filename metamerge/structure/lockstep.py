@@ -82,14 +82,17 @@ class Execution:
         Returns:
             Its output.
         """
-        args = tuple(self._lane(a) for a in node.args)
-        kwargs = {k: self._plain(v) for k, v in node.kwargs.items()}
-        lane = _call(node.op, args, kwargs)
-        self.values[node.name] = lane
+        lane = self.values[node.name] = self.peek(node)
         for name in node.refs:
             if self.program.last_use.get(name) == node.name:
                 self.values.pop(name, None)
         return lane
+
+    def peek(self, node: Node) -> Lane:
+        """What the node would put out now; nothing is stored and nothing freed."""
+        args = tuple(self._lane(a) for a in node.args)
+        kwargs = {k: self._plain(v) for k, v in node.kwargs.items()}
+        return _call(node.op, args, kwargs)
 
     def argument(self, node: Node, position: int) -> Lane:
         """A tensor argument that the node is about to read."""
@@ -147,7 +150,7 @@ def _mapped(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
 def _elementwise(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if "softmax" in op:  # its axis counts from the front
         return None
-    return operator(op.replace("relu_.", "relu."))(*(a.value for a in args), **kwargs)
+    return operator(op)(*(a.value for a in args), **kwargs)
 
 
 def _linear(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -21,7 +21,7 @@ LAYERS = LINEAR | CONVOLUTIONS
 ELEMENTWISE = {
     f"{name}.default"
     for name in (
-        "relu relu_ gelu tanh sigmoid silu elu leaky_relu softplus hardtanh hardswish selu mish relu6 exp sin cos abs "
+        "relu gelu tanh sigmoid silu elu leaky_relu softplus hardtanh hardswish selu mish relu6 exp sin cos abs "
         "neg sqrt rsqrt square dropout clone contiguous detach alias"
     ).split()
 } | {
@@ -33,9 +33,7 @@ ELEMENTWISE = {
     "mul.Scalar",
     "clamp.default",
 }
-BINARY = {f"{name}.Tensor" for name in "add sub mul div maximum minimum".split()} | {
-    f"{name}_.Tensor" for name in "add sub mul div".split()
-}
+BINARY = {f"{name}.Tensor" for name in "add sub mul div maximum minimum".split()}
 SPATIAL = {
     f"{name}.default"
     for name in (

@@ -201,24 +201,20 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
     graph = list(exported.graph.nodes)
     read = {n.name for n in graph if n.op == "placeholder" and n.users}
     state = model.state_dict(keep_vars=True)
-    tied = _tied(state, set(parameters.values()))
     used = {value: key for value, key in parameters.items() if value in read}
+    tied = _tied(state, set(used.values()))
     missing = set(used.values()) - set(state)
     if missing:
         raise StructureError(
             f"{type(model).__name__} computes with {sorted(missing)}, which its state dict does not hold; "
             "register them as persistent buffers."
         )
-    nodes = [
-        Node(n.name, _op_name(n.target), _plain(n.args), dict(_plain(n.kwargs)))
-        for n in graph
-        if n.op == "call_function"
-    ]
+    nodes, renamed = _nodes(graph)
     return Program(
         parameters=used,
         inputs=tuple(signature.user_inputs),
-        nodes=tuple(nodes),
-        output=signature.user_outputs[0],
+        nodes=nodes,
+        output=renamed.get(signature.user_outputs[0], signature.user_outputs[0]),
         shapes={
             n.name: tuple(s if isinstance(s, int) else None for s in n.meta["val"].shape)
             for n in graph
@@ -227,6 +223,25 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
         tied=tied,
         untraced=tuple(k for k in state if k not in set(used.values()) and k not in tied),
     )
+
+
+def _nodes(graph: Sequence[torch.fx.Node]) -> tuple[tuple[Node, ...], dict[str, str]]:
+    """The operator calls, those in place (``relu_``) replaced by pure ones whose result later calls read."""
+    renamed: dict[str, str] = {}
+    nodes = []
+    for n in graph:
+        if n.op != "call_function":
+            continue
+        name, args, kwargs = _op_name(n.target), _plain(n.args, renamed), _plain(n.kwargs, renamed)
+        packet, overload = name.split(".")
+        if operator(name)._schema.is_mutable:
+            if not packet.endswith("_") or not hasattr(torch.ops.aten, packet[:-1]):
+                raise StructureError(f"Operator aten.{name} ({n.name}) changes its inputs in place; use a pure one.")
+            for old in (n.args[0].name, *(k for k, v in renamed.items() if v == args[0].name)):
+                renamed[old] = n.name
+            name = f"{packet[:-1]}.{overload}"
+        nodes.append(Node(n.name, name, args, dict(kwargs)))
+    return tuple(nodes), renamed
 
 
 def _tied(state: Mapping[str, Tensor], traced: set[str]) -> dict[str, str]:
@@ -249,13 +264,13 @@ def _checked_op(op: str) -> str:
     return op
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, renamed: Mapping[str, str]) -> Any:
     if isinstance(value, torch.fx.Node):
-        return Ref(value.name)
+        return Ref(renamed.get(value.name, value.name))
     if isinstance(value, list | tuple):
-        return tuple(_plain(v) for v in value)
+        return tuple(_plain(v, renamed) for v in value)
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _plain(v, renamed) for k, v in value.items()}
     return value
 
 
