@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from evaluation.metrics import accuracy
 from evaluation.plots import leaderboard_figure
 from evaluation.tracking import track
 from metamerge.api import merge
+from metamerge.checkpoints import Checkpoint
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import GNNMerger, load_merger, read_card
 from metamerge.weights import Weights, stack, unstack
@@ -95,6 +97,7 @@ class Bench:
         self.images = len(self.budget.everything[1])
         sizes = [t[0, 0].numel() for t in self.families.values() if t.is_floating_point()]
         self.parameters = sum(sizes)
+        self.sources = [self._checkpoints(family) for family in range(self.count)]
 
     def network(self) -> nn.Module:
         """A fresh network of the families' architecture."""
@@ -103,26 +106,29 @@ class Bench:
             self.options.architecture, task.inputs.shape[1:], task.classes, widths=self.options.widths
         )
 
-    def merged(self, name: str, data: str, **arguments: Any) -> Scored:
-        """Score a merge method through the public interface, family by family."""
-        carried = self.zoo.manifest["program"]
-        members = [unstack({k: t[f] for k, t in self.families.items()}) for f in range(self.count)]
-        sources = [[_member(self.zoo, self.members, f, m, w, carried) for m, w in enumerate(own)]
-                   for f, own in enumerate(members)]
-        clock = time.perf_counter()
-        fused = [merge(own, seed=self.seed, device="cpu", **arguments).weights for own in sources]
-        seconds = time.perf_counter() - clock
-        return self.scored(name, data, stack(fused), seconds, control=False)
+    def _checkpoints(self, family: int) -> list[Checkpoint]:
+        address = self.zoo.address("test", self.members, family)
+        members = unstack({key: t[family] for key, t in self.families.items()})
+        return [
+            Checkpoint(f"{address}/{m}", weights, self.zoo.manifest["program"])
+            for m, weights in enumerate(members)
+        ]
 
-    def scored(
-        self, name: str, data: str, weights: Weights, seconds: float, *, control: bool, times: int = 1
-    ) -> Scored:
-        """Score networks ``[f, ...]`` on the test images."""
+    def merge(self, **arguments: Any) -> Weights:
+        """Merge every family through the public interface, ``[f, ...]``."""
+        fused = [merge(own, seed=self.seed, device="cpu", **arguments) for own in self.sources]
+        return stack([merged.weights for merged in fused])
+
+    def timed(
+        self, name: str, data: str, make: Callable[[], Weights], *, control: bool
+    ) -> list[Scored]:
+        """Make networks ``[f, ...]`` and score them on the test images."""
+        clock = time.perf_counter()
+        weights = make()
+        seconds = (time.perf_counter() - clock) / self.count
         inputs, targets = self.split.images("test")
         found = accuracy(predict(self.layout.program, weights, inputs), targets)
-        return Scored(
-            name, self.members, data, found, seconds / self.count, times * self.parameters, control
-        )
+        return [Scored(name, self.members, data, found, seconds, self.parameters, control)]
 
     def voted(self) -> list[Scored]:
         """The ensembles, which keep all members."""
@@ -168,7 +174,14 @@ def methods(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
     for name, data, arguments in table:
         if arguments["method"] == "cluster" and bench.members < 3:
             continue  # two members have no clusters to speak of
-        yield lambda n=name, d=data, a=arguments: [bench.merged(n, d, **a)]
+        yield partial(bench.timed, name, data, partial(bench.merge, **arguments), control=False)
+    yield partial(
+        bench.timed,
+        f"{MERGER}, then fine-tuned",
+        lab,
+        lambda: controls.fine_tuned(bench.merge(method="gnn", merger=bench.merger), bench.layout, bench.budget)[0],
+        control=False,
+    )
 
 
 def control_calls(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
@@ -179,13 +192,7 @@ def control_calls(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
     best = controls.best_members(families, layout, budget)
     average = controls.aligned_average(families, layout)
 
-    def timed(name: str, data: str, make: Callable[[], Weights]) -> Callable[[], list[Scored]]:
-        def call() -> list[Scored]:
-            clock = time.perf_counter()
-            weights = make()
-            return [bench.scored(name, data, weights, time.perf_counter() - clock, control=True)]
-
-        return call
+    timed = partial(partial, bench.timed, control=True)
 
     yield bench.voted
     yield timed("best member", lab, lambda: controls.best_members(families, layout, budget))
@@ -270,13 +277,6 @@ def _zoo(options: CompareOptions, card: dict[str, Any], console: Console) -> Zoo
         return load_zoo(options.zoo)
     told = {k: tuple(v) if isinstance(v, list) else v for k, v in card["zoo"]["options"].items()}
     return build_with_progress(ZooOptions(**told), console)
-
-
-def _member(zoo: Zoo, members: int, family: int, member: int, weights: Weights, program: dict) -> Any:
-    from metamerge.checkpoints import Checkpoint
-
-    name = f"{zoo.address('test', members, family)}/{member}"
-    return Checkpoint(name=name, weights=weights, program=program)
 
 
 def _without_residual(merger: GNNMerger) -> GNNMerger:
@@ -373,20 +373,23 @@ def _print(console: Console, rows: list[dict[str, Any]], meta: dict[str, Any], s
     order = sorted(by_method, key=lambda m: -by_method[m].get(largest, {"accuracy_mean": 0})["accuracy_mean"])
     families = rows[0]["families"]
     table = Table(
-        title=f"{meta['task']['name']}: test accuracy in % over {families} families, mean ± std (worst)",
-        caption="Controls in italics. 'at merge' is what a method needs when it merges.",
+        title=f"{meta['task']['name']}: test accuracy in %, mean ± std over {families} families",
+        caption=f"Controls in italics; images: what is needed at merge time; worst family and seconds: K={largest}.",
     )
     table.add_column("method", no_wrap=True)
-    table.add_column("at merge", no_wrap=True)
+    table.add_column("images", no_wrap=True)
     for size in sizes:
         table.add_column(f"K={size}", justify="right", no_wrap=True)
-    table.add_column(f"s (K={largest})", justify="right", no_wrap=True)
+    table.add_column("worst", justify="right", no_wrap=True)
+    table.add_column("s", justify="right", no_wrap=True)
     for method in order:
         own = by_method[method]
         one = next(iter(own.values()))
         style = "italic" if one["control"] else "bold" if method == MERGER else None
-        seconds = f"{own[largest]['seconds']:.2f}" if largest in own else ""
-        table.add_row(method, one["data"], *(_cell(own.get(size)) for size in sizes), seconds, style=style)
+        last = own.get(largest)
+        worst, seconds = (f"{100 * last['accuracy_worst']:.1f}", f"{last['seconds']:.2f}") if last else ("", "")
+        cells = [_cell(own.get(size)) for size in sizes]
+        table.add_row(method, one["data"], *cells, worst, seconds, style=style)
     console.print(table)
     for entry in meta["differences"]:
         console.print(
@@ -400,15 +403,20 @@ def _print(console: Console, rows: list[dict[str, Any]], meta: dict[str, Any], s
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    mean, spread, worst = (100 * row[f"accuracy_{k}"] for k in ("mean", "std", "worst"))
-    return f"{mean:.1f} ± {spread:.1f} ({worst:.1f})"
+    return f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_std']:.1f}"
+
+
+def terminal() -> Console:
+    """A console wide enough for the table where the output is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
 def main() -> None:
     """Entry point of ``python -m evaluation.compare``."""
     options = parse(CompareOptions, prog="python -m evaluation.compare")
     try:
-        compare(options, Console())
+        compare(options, terminal())
     except MetaMergeError as error:
         raise SystemExit(f"compare: {error}") from error
 

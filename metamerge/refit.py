@@ -121,7 +121,9 @@ def construct(
                 changed = _rescale(layer, fitted, current, target)
             fitted.update(changed)
             mean_key = layout.running_means.get(node.name)
-            if layer.bias is None and mean_key:  # the normalisation behind takes the shift that a bias would
+            if (
+                layer.bias is None and mean_key
+            ):  # the normalisation behind takes the shift that a bias would
                 reached = _rows(execution.peek(node).value, layer).mean(1)
                 before = current.mean(1)
                 wanted = before + target.strength * (target.value.mean(1) - before)

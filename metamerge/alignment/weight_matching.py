@@ -57,12 +57,16 @@ def medoid(weights: Weights, spec: PermutationSpec) -> Tensor:
     families, members = next(iter(weights.values())).shape[:2]
     distance = torch.zeros(families, members, dtype=torch.float64)
     for key, factored in spec.axes.items():
-        free = [(axis, f.group) for axis, factors in enumerate(factored) for f in factors if f.group]
+        free = [
+            (axis, f.group) for axis, factors in enumerate(factored) for f in factors if f.group
+        ]
         if len(free) != 1:
             continue
         units = spec.unit_rows(key, *free[0], weights[key].double())  # [f, m, n, r]
         sketch = torch.randn(units.shape[-1], _SKETCH, generator=generator, dtype=torch.float64)
-        fingerprint = (units.mT @ (units @ sketch.to(units.device))).flatten(2)  # [f, m, r * sketch]
+        fingerprint = (units.mT @ (units @ sketch.to(units.device))).flatten(
+            2
+        )  # [f, m, r * sketch]
         gaps = torch.cdist(fingerprint, fingerprint).sum(-1)  # [f, m]
         distance += (gaps / gaps.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
     return distance.argmin(-1)
@@ -86,7 +90,9 @@ def matching_cost(weights: Weights, spec: PermutationSpec, perm: Permutation) ->
     return spread / size.clamp_min(1e-300)
 
 
-def _descend(weights: Weights, spec: PermutationSpec, perm: Permutation, sweeps: int, centre_of) -> Permutation:
+def _descend(
+    weights: Weights, spec: PermutationSpec, perm: Permutation, sweeps: int, centre_of
+) -> Permutation:
     for _ in range(sweeps):
         before = perm
         centre = centre_of(spec.permute(weights, perm))
@@ -101,7 +107,9 @@ def _mean(aligned: Weights) -> Weights:
     return {key: tensor.mean(1) for key, tensor in aligned.items()}
 
 
-def _gain(weights: Weights, centre: Weights, spec: PermutationSpec, perm: Permutation, group: str) -> Tensor:
+def _gain(
+    weights: Weights, centre: Weights, spec: PermutationSpec, perm: Permutation, group: str
+) -> Tensor:
     """Inner product of every unit of the centre with every unit of every member, ``[f, m, n, n]``."""
     gain = 0.0
     for key, axis in spec.touching(group):

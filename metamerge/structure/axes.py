@@ -118,7 +118,9 @@ class Axes:
             elif self.sizes[first] % (size // total) == 0 and size % total == 0:
                 factors[:0] = self._split(first, size // total)
             else:
-                raise StructureError(f"{where} cuts an axis of {self.sizes[first]} entries unevenly.")
+                raise StructureError(
+                    f"{where} cuts an axis of {self.sizes[first]} entries unevenly."
+                )
         return tuple(taken)
 
     def _leaves(self, factor: int) -> Axis:

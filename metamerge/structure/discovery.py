@@ -150,4 +150,6 @@ def _random_weights(program: Program, generator: torch.Generator) -> Weights:
 
 
 def _random_input(shape: tuple[int | None, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(*(4 if s is None else s for s in shape), generator=generator, dtype=torch.float64)
+    return torch.randn(
+        *(4 if s is None else s for s in shape), generator=generator, dtype=torch.float64
+    )

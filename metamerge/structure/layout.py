@@ -129,7 +129,9 @@ class Layout:
         lead = weight.ndim - len(self.spec.axes[layer.weight])
         if layer.reads_inputs:
             return weight[..., None].flatten(lead + 2)
-        units = self.spec.unit_rows(layer.weight, 1, layer.source, weight)  # [*, columns, rows * rest]
+        units = self.spec.unit_rows(
+            layer.weight, 1, layer.source, weight
+        )  # [*, columns, rows * rest]
         return units.unflatten(-1, (rows, -1)).transpose(lead, lead + 1)
 
     def _matrix_shape(self, layer: Layer) -> tuple[int, int, int]:
@@ -158,11 +160,15 @@ def _hidden(program: Program) -> set[str]:
 def _layer(program: Program, spec: PermutationSpec, node: Node, hidden: bool) -> Layer:
     keys = [program.parameters.get(ref) for ref in node.refs[1:3]]
     if None in keys:
-        raise StructureError(f"{node.name}: its weight is computed, not a parameter; this is not supported yet.")
+        raise StructureError(
+            f"{node.name}: its weight is computed, not a parameter; this is not supported yet."
+        )
     weight, bias = keys[0], keys[1] if len(keys) > 1 else None
     columns = [f.group for f in spec.axes[weight][1] if f.group]
     if len(columns) > 1:
-        raise StructureError(f"{weight}: its columns join {columns}; a merger needs one group per axis.")
+        raise StructureError(
+            f"{weight}: its columns join {columns}; a merger needs one group per axis."
+        )
     source = columns[0] if columns else f"inputs:{node.name}"
     target = spec.row_group(weight) or (f"fixed:{node.name}" if hidden else OUTPUTS)
     linear = node.op in LINEAR

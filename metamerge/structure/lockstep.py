@@ -159,7 +159,11 @@ def _linear(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor |
     if not weight.stacked or (bias is not None and not bias.stacked):
         return None
     n, out, fan_in = weight.value.shape
-    rows = x.value.reshape(n, -1, fan_in) if x.stacked else x.value.reshape(1, -1, fan_in).expand(n, -1, -1)
+    rows = (
+        x.value.reshape(n, -1, fan_in)
+        if x.stacked
+        else x.value.reshape(1, -1, fan_in).expand(n, -1, -1)
+    )
     columns = weight.value.transpose(1, 2)  # [n, i, o]
     if bias is None:
         y = torch.bmm(rows, columns)
@@ -181,7 +185,11 @@ def _conv2d(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor |
         patches = rearrange(patches, "(n b) c l -> n c (b l)", n=n)
     else:
         patches = rearrange(patches, "b c l -> 1 c (b l)").expand(n, -1, -1)
-    y = torch.bmm(flat, patches) if bias is None else torch.baddbmm(bias.value[..., None], flat, patches)
+    y = (
+        torch.bmm(flat, patches)
+        if bias is None
+        else torch.baddbmm(bias.value[..., None], flat, patches)
+    )
     height = _conv_size(maps.shape[2], kernel[0], stride[0], padding[0], dilation[0])
     b = x.value.shape[int(x.stacked)]
     return rearrange(y, "n o (b h w) -> n b o h w", b=b, h=height)

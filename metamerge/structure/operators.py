@@ -119,7 +119,9 @@ def spatial(axes: Axes, node: Node, values: Values, shape: tuple) -> list[Axis]:
     """Pooling and padding: batch and channel stay, positions are new and fixed."""
     x = _axes_of(node, 0, values)
     if axes.size(x[1]) != shape[1]:
-        raise StructureError(f"{node.name}: {node.op} changes the channel axis, which is not followed yet.")
+        raise StructureError(
+            f"{node.name}: {node.op} changes the channel axis, which is not followed yet."
+        )
     return [*x[:2], *_positions(axes, shape[2:])]
 
 

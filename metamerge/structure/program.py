@@ -236,7 +236,9 @@ def _nodes(graph: Sequence[torch.fx.Node]) -> tuple[tuple[Node, ...], dict[str, 
         packet, overload = name.split(".")
         if operator(name)._schema.is_mutable:
             if not packet.endswith("_") or not hasattr(torch.ops.aten, packet[:-1]):
-                raise StructureError(f"Operator aten.{name} ({n.name}) changes its inputs in place; use a pure one.")
+                raise StructureError(
+                    f"Operator aten.{name} ({n.name}) changes its inputs in place; use a pure one."
+                )
             for old in (n.args[0].name, *(k for k, v in renamed.items() if v == args[0].name)):
                 renamed[old] = n.name
             name = f"{packet[:-1]}.{overload}"

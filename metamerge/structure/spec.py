@@ -175,15 +175,21 @@ class PermutationSpec:
         """
         try:
             axes = {
-                key: tuple(tuple(Factor(group, size) for group, size in factors) for factors in factored)
+                key: tuple(
+                    tuple(Factor(group, size) for group, size in factors) for factors in factored
+                )
                 for key, factored in data["axes"].items()
             }
             return cls(dict(data["groups"]), axes, dict(data["fixed"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Unreadable(f"This is no permutation spec written by metamerge: {error!r}.") from error
+            raise Unreadable(
+                f"This is no permutation spec written by metamerge: {error!r}."
+            ) from error
 
     def __str__(self) -> str:
-        lines = [f"PermutationSpec: {len(self.groups)} groups, {sum(self.groups.values())} free units"]
+        lines = [
+            f"PermutationSpec: {len(self.groups)} groups, {sum(self.groups.values())} free units"
+        ]
         for group, n in self.groups.items():
             places = ", ".join(f"{key}[{axis}]" for key, axis in self.touching(group))
             lines.append(f"  {group} ({n} units): {places}")
