@@ -1,8 +1,9 @@
 """Controls: what else one could do with the same members and the same images.
 
-A merge is worth something only beside these. All families are handled at once, each control may use all objective
-images (those that a merger was trained on and those it was validated on), and the learning rate of every trained
-control is chosen on the validation part before it is trained again on all of them. Test images choose nothing.
+A merge is worth something only beside these. All families are handled at once, each control may use
+all objective images (those that a merger was trained on and those it was validated on), and the
+learning rate of every trained control is chosen on the validation part before it is trained again
+on all of them. Test images choose nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,8 +48,12 @@ class Budget:
     def rows(self, part: str) -> Tensor:
         """Rows of ``everything`` that belong to ``objective``, ``validation`` or ``everything``."""
         first, second = len(self.objective[1]), len(self.validation[1])
-        ends = {"objective": (0, first), "validation": (first, first + second)}
-        return torch.arange(*ends.get(part, (0, first + second)))
+        ends = {
+            "objective": (0, first),
+            "validation": (first, first + second),
+            "everything": (0, first + second),
+        }
+        return torch.arange(*ends[part])
 
 
 def best_members(families: Weights, layout: Layout, budget: Budget) -> Weights:
@@ -109,7 +114,7 @@ def from_scratch(
 def distilled(
     start: Weights, families: Weights, layout: Layout, budget: Budget
 ) -> tuple[Weights, float]:
-    """Train given networks to imitate the soft vote of their family on the objective images, without labels.
+    """Train given networks to imitate their family's soft vote on the objective images, unlabelled.
 
     Args:
         start: ``[f, ...]``.

@@ -1,7 +1,8 @@
 """Collapse gates: what every merger must pass before its accuracy means anything.
 
-A decoder trained on a task loss can become a constant network that ignores its inputs and still scores high on that
-task. Each gate is a number with a limit; a merger that breaks one is broken, whatever its accuracy.
+A decoder trained on a task loss can become a constant network that ignores its inputs and still
+scores high on that task. Each gate is a number with a limit; a merger that breaks one is broken,
+whatever its accuracy.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,13 @@ class Gate:
 
 @torch.no_grad()
 def collapse_gates(
-    merge: Merge, families: Weights, layout: Layout, inputs: Tensor, targets: Tensor, *, seed: int = 0
+    merge: Merge,
+    families: Weights,
+    layout: Layout,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    seed: int = 0,
 ) -> list[Gate]:
     """Run all gates on families that the merger has not seen.
 
@@ -59,20 +66,34 @@ def collapse_gates(
     relabelled, labels = _relabel(families, layout, classes, generator)
     other = judge(relabelled)
     permuted = layout.spec.permute(families, _hidden(families, layout, generator))
-    order = torch.randperm(next(iter(families.values())).shape[1], generator=generator)
+    order = _cycle(next(iter(families.values())).shape[1], generator)
     copies = {k: t[:, :1].expand_as(t) for k, t in families.items()}
     single = {k: t[:, 0] for k, t in families.items()}
     shuffled_copies = layout.spec.permute(copies, _hidden(copies, layout, generator))
     score = accuracy(fused, targets).mean()
     moved = accuracy_relabelled(other, labels, targets).mean()
     return [
-        Gate("garbage_gaussian", _score(judge(_noise(families, generator)), targets), chance + 0.05),
-        Gate("garbage_shuffled", _score(judge(_shuffled(families, generator)), targets), chance + 0.05),
+        Gate(
+            "garbage_gaussian", _score(judge(_noise(families, generator)), targets), chance + 0.05
+        ),
+        Gate(
+            "garbage_shuffled",
+            _score(judge(_shuffled(families, generator)), targets),
+            chance + 0.05,
+        ),
         Gate("label_permutation", float((score - moved).abs()), 0.02),
         Gate("output_cosine", _cosine(other), 0.3),
         Gate("hidden_permutation", _relative(judge(permuted), fused), 1e-4),
-        Gate("member_order", _relative(judge({k: t[:, order] for k, t in families.items()}), fused), 1e-4),
-        Gate("identical_members", _relative(judge(shuffled_copies), predict(layout.program, single, inputs)), 1e-3),
+        Gate(
+            "member_order",
+            _relative(judge({k: t[:, order] for k, t in families.items()}), fused),
+            1e-4,
+        ),
+        Gate(
+            "identical_members",
+            _relative(judge(shuffled_copies), predict(layout.program, single, inputs)),
+            1e-3,
+        ),
     ]
 
 
@@ -107,6 +128,12 @@ def _hidden(families: Weights, layout: Layout, generator: torch.Generator) -> di
     return layout.spec.random(generator, next(iter(families.values())).shape[:2])
 
 
+def _cycle(members: int, generator: torch.Generator) -> Tensor:
+    """A random order in which no member keeps its place, however few there are."""
+    places = torch.randperm(members, generator=generator)
+    return torch.empty_like(places).scatter_(0, places, places.roll(1))
+
+
 def _noise(families: Weights, generator: torch.Generator) -> Weights:
     """Gaussian tensors with the mean and spread of the members' own; variances stay positive."""
     noise = {}
@@ -114,7 +141,9 @@ def _noise(families: Weights, generator: torch.Generator) -> Weights:
         if not tensor.is_floating_point():
             noise[key] = tensor
             continue
-        drawn = tensor.mean() + tensor.std() * torch.randn(tensor.shape, generator=generator).to(tensor)
+        drawn = tensor.mean() + tensor.std() * torch.randn(tensor.shape, generator=generator).to(
+            tensor
+        )
         noise[key] = drawn.abs() + 1e-3 if key.endswith("running_var") else drawn
     return noise
 
@@ -140,13 +169,16 @@ def _relabel(
     for layer in layout.producers(OUTPUTS):
         for key in filter(None, (layer.weight, layer.bias)):
             tensor = families[key]
-            place = index.reshape(count, members, classes, *[1] * (tensor.ndim - 3)).to(tensor.device)
+            place = index.reshape(count, members, classes, *[1] * (tensor.ndim - 3)).to(
+                tensor.device
+            )
             renamed[key] = torch.take_along_dim(tensor, place, dim=2)
     return renamed, labels
 
 
 def _score(logits: Tensor, targets: Tensor) -> float:
-    return float(accuracy(logits, targets).mean())
+    """Mean accuracy; NaN where a logit is not finite, since the argmax would pass for chance."""
+    return float(accuracy(logits, targets).mean()) if logits.isfinite().all() else float("nan")
 
 
 def _relative(logits: Tensor, reference: Tensor) -> float:

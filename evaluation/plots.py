@@ -9,7 +9,7 @@ COLOURS = ("#3b7dd8", "#e08214", "#2a9d6f", "#b1509b", "#8c6d31")
 
 
 def leaderboard_figure(rows: Sequence[dict[str, Any]], *, title: str) -> Figure:
-    """Accuracy of every method as a dot with its spread over families, one colour per number of members.
+    """Accuracy of every method, a dot with its spread over families, one colour per family size.
 
     Args:
         rows: Rows of ``leaderboard.json``.

@@ -4,7 +4,9 @@ import copy
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,19 @@ from torch import Tensor, nn
 from metamerge.alignment import ALIGNMENTS, matching_cost
 from metamerge.calibration import Batches, collect
 from metamerge.checkpoints import Checkpoint, Source, read_checkpoints, save_checkpoint
-from metamerge.errors import ConfigError, IncompatibleWeights
+from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
 from metamerge.refit import observe, refit
 from metamerge.registry import bind, check_options, get_method
 from metamerge.repair import repair
 from metamerge.structure import Layout, PermutationSpec, Program, discover_program, prove, trace
-from metamerge.weights import Weights, check_compatible, check_finite, stack, strip_wrappers, unstack
+from metamerge.weights import (
+    Weights,
+    check_compatible,
+    check_finite,
+    stack,
+    strip_wrappers,
+    unstack,
+)
 
 CORRECTIONS = {"repair": repair, "refit": refit}
 _LAYOUTS: dict[str, Layout] = {}  # proved layouts by digest of program and spec
@@ -32,7 +41,7 @@ class Merged:
     Attributes:
         weights: Fused state dict, in memory of its own.
         report: What was done: members, alignment and its cost, variance ratio per layer, seconds.
-        program: The traced network, where one was needed.
+        program: The traced network, where one was needed or a checkpoint carried one.
     """
 
     weights: Weights
@@ -70,7 +79,11 @@ class Merged:
         """
         program = self.program.to_json() if self.program else None
         return save_checkpoint(
-            self.weights, folder, metadata={"merge": self.report}, program=program, overwrite=overwrite
+            self.weights,
+            folder,
+            metadata={"merge": self.report},
+            program=program,
+            overwrite=overwrite,
         )
 
 
@@ -92,15 +105,17 @@ def merge(
     """Make one network of K checkpoints.
 
     Args:
-        checkpoints: Paths, folders, state dicts, modules or zoo members, in any mixture; a zoo address such as
-            ``zoos/digits#test-k8/3`` stands for all members of a family.
+        checkpoints: Paths, folders, state dicts, modules or zoo members, in any mixture; a zoo
+            address such as ``zoos/digits#test-k8/3`` stands for all members of a family.
         method: One of ``list_methods()``.
-        align: ``"weight_matching"``, None for members as they are, or ``"default"`` for what the method wants.
+        align: ``"weight_matching"``, None for members as they are, or ``"default"`` for what the
+            method wants.
         correct: ``"repair"`` or ``"refit"`` the fused weights on the inputs of ``batches``.
-        model: A module of the members' architecture; not needed where a checkpoint carries its program, as those of
-            a zoo do, or where a member is a module itself.
+        model: A module of the members' architecture; not needed where a checkpoint carries its
+            program, as those of a zoo do, or where a member is a module itself.
         merger: A trained merger, or its folder, for learned methods.
-        batches: Calibration data: inputs ``[b, ...]``, a pair (inputs, labels), or an iterable of these.
+        batches: Calibration data: inputs ``[b, ...]``, a pair (inputs, labels), or an iterable of
+            these.
         base: The checkpoint that the members were fine-tuned from, for methods that want it.
         spec: A permutation spec of your own; it is proved before use.
         seed: Seed of everything random.
@@ -111,7 +126,8 @@ def merge(
         Fused weights and the report.
 
     Raises:
-        ConfigError: If there is no checkpoint, or method, alignment or an option is unknown.
+        ConfigError: If there is no checkpoint, something is missing, or method, alignment, device
+            or an option is unknown.
         CheckpointError: If a checkpoint cannot be read, is unsafe or holds NaN.
         IncompatibleWeights: If the members differ in keys or shapes, or do not fit the model.
 
@@ -126,7 +142,13 @@ def merge(
     align = record.align if align == "default" else align
     _check_choice("align", align, ALIGNMENTS)
     _check_choice("correct", correct, CORRECTIONS)
+    _check_kinds(model=(model, nn.Module), spec=(spec, PermutationSpec), seed=(seed, int))
     check_options(record, options)
+    if correct and batches is None:
+        raise ConfigError(
+            f"correct={correct!r} needs batches=<calibration inputs [b, ...]>; none were given."
+        )
+    where = _device(device)
     sources = _listed(checkpoints)
     members = [found for source in sources for found in read_checkpoints(source)]
     named = _checked(members)
@@ -140,97 +162,179 @@ def merge(
     }
     if len(named) == 1:
         report["note"] = "one checkpoint: returned as it is"
-        return Merged({key: tensor.clone() for key, tensor in named[0][1].items()}, report)
+        same = {key: tensor.clone() for key, tensor in named[0][1].items()}
+        return Merged(same, report, _carried(members))
 
     data = None if batches is None else collect(batches, labelled=False)
+    learned = _merger(merger) if "merger" in record.resources else None
     layout = None
     wanted = "layout" in record.required or ("layout" in record.resources and data is not None)
     if align or correct or wanted:
-        layout = _layout(members, sources, model, spec, data)
-        for name, weights in named:
-            layout.program.check_weights(name, weights)
+        program = _program(members, sources, model, data, learned)
+        named = _fitted(named, program)
+        _check_inputs(program, data)
+        layout = _layout(program, spec, named[0])
     resources = {
         "layout": layout,
-        "merger": _merger(merger) if "merger" in record.resources else None,
+        "merger": learned,
         "batches": data if data is None or data[1] is not None else data[0],
         "base": _base(base, named),
         "generator": torch.Generator().manual_seed(seed),
     }
     arguments = bind(record, resources, options)
-    where = _device(device)
     aligned = _aligned([weights for _, weights in named], layout, align, report)
     with torch.no_grad():
         fused = record.function([_to(w, where) for w in aligned], **_on(arguments, where))
         if correct:
-            fused = _corrected(fused, aligned, layout, data, correct)
+            fused = _corrected(fused, aligned, layout, data[0], correct)
     fused = _finished(fused, named, layout)
-    if layout and data:
+    if layout and data and len(data[0]) > 1:  # one input has no variance
         report["variance_ratio"] = _variance_ratio(fused, aligned, layout, data[0])
     report["parameters"] = sum(t.numel() for t in fused.values() if t.is_floating_point())
     report["seconds"] = round(time.perf_counter() - clock, 4)
-    return Merged(fused, report, layout.program if layout else None)
+    return Merged(fused, report, layout.program if layout else _carried(members))
 
 
 def _check_choice(name: str, value: str | None, known: Mapping[str, Any]) -> None:
-    if value is not None and value not in known:
+    if value is not None and value not in list(known):
         raise ConfigError(f"{name}: got {value!r}, expected None or one of {sorted(known)}.")
+
+
+def _check_kinds(**given: tuple[Any, type]) -> None:
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"{name}: got {value!r} of type {type(value).__name__}, expected {kind.__name__}."
+            )
 
 
 def _listed(checkpoints: Any) -> list[Any]:
     """One source stands for itself; anything else that can be walked through holds sources."""
-    single = isinstance(checkpoints, str | os.PathLike | nn.Module | Mapping | Checkpoint)
-    sources = [checkpoints] if single else list(checkpoints)
+    if isinstance(checkpoints, str | os.PathLike | nn.Module | Mapping | Checkpoint):
+        return [checkpoints]
+    advice = "Pass at least one path, state dict or module."
+    if not isinstance(checkpoints, Iterable):
+        raise ConfigError(f"checkpoints: got {checkpoints!r}. {advice}")
+    sources = list(checkpoints)
     if not sources:
-        raise ConfigError("checkpoints: got none. Pass at least one path, state dict or module.")
+        raise ConfigError(f"checkpoints: got none. {advice}")
     return sources
 
 
 def _checked(members: list[Checkpoint]) -> list[tuple[str, Weights]]:
     named = strip_wrappers([(member.name, member.weights) for member in members])
     check_compatible(named)
-    for name, weights in named:
-        check_finite(name, weights)
+    for index, (name, weights) in enumerate(named):
+        check_finite(f"checkpoints[{index}] ({name})", weights)
     return named
 
 
-def _layout(
+def _carried(members: list[Checkpoint]) -> Program | None:
+    """The first program that a checkpoint brought along."""
+    carried = next((member.program for member in members if member.program), None)
+    return None if carried is None else Program.from_json(carried)
+
+
+def _program(
     members: list[Checkpoint],
     sources: Sequence[Any],
     model: nn.Module | None,
-    spec: PermutationSpec | None,
     data: tuple[Tensor, Tensor | None] | None,
-) -> Layout:
-    """The weight graph: from the given model, from a checkpoint's program, or from a member that is a module."""
+    merger: Any,
+) -> Program:
+    """The network: the given model, a member that is a module, or what a checkpoint carries."""
     model = model or next((s for s in sources if isinstance(s, nn.Module)), None)
-    carried = next((member.program for member in members if member.program), None)
     if model is not None:
-        program = trace(model, _example(model, data))
-    elif carried is not None:
-        program = Program.from_json(carried)
-    else:
+        return _traced(model, data, merger)
+    carried = _carried(members)
+    if carried is None:
         raise ConfigError(
-            "model: the checkpoints do not say what network they belong to, and alignment needs to know. Pass "
-            "model=<an nn.Module of their architecture>, or align=None."
+            "model: the checkpoints do not say what network they belong to. Pass model=<an nn.Module "
+            "of their architecture>; only plain averages with align=None do without."
         )
+    return carried
+
+
+def _traced(model: nn.Module, data: tuple[Tensor, Tensor | None] | None, merger: Any) -> Program:
+    """Trace on the batches, on a merger's probes, or on zeros where the first layer is linear."""
+    first = next(model.parameters(), None)
+    if data is not None:
+        return trace(model, data[0][:2] if first is None else data[0][:2].to(first))
+    probes = getattr(merger, "probes", None)
+    if first is not None and isinstance(probes, Tensor) and _can_read(first, probes.shape[1:]):
+        with suppress(StructureError):
+            return trace(model, probes[:2].detach().to(first))
+    if first is None or first.ndim != 2:
+        raise ConfigError(
+            "batches: the shape of the model's inputs cannot be read from its first layer. Pass "
+            "batches=<a few inputs [b, ...]>."
+        )
+    return trace(model, torch.zeros(2, first.shape[1], device=first.device, dtype=first.dtype))
+
+
+def _can_read(weight: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a first layer can be one for inputs of a shape, flattened where it is linear."""
+    if weight.ndim == 2:
+        return weight.shape[1] == prod(shape)
+    return weight.ndim == len(shape) + 1 and weight.shape[1] == shape[0]
+
+
+def _fitted(named: list[tuple[str, Weights]], program: Program) -> list[tuple[str, Weights]]:
+    """The members in the network's names, with ties completed; others than its own are refused."""
+    known = {*program.parameters.values(), *program.tied, *program.untraced}
+    named = strip_wrappers([("the model", dict.fromkeys(known)), *named])[1:]
+    return [
+        (name, _own(f"checkpoints[{index}] ({name})", weights, program, known))
+        for index, (name, weights) in enumerate(named)
+    ]
+
+
+def _own(name: str, weights: Weights, program: Program, known: set[str]) -> Weights:
+    weights = dict(weights)
+    for alias, key in program.tied.items():  # a file may hold a shared tensor once, by either name
+        for one, other in ((alias, key), (key, alias)):
+            if one not in weights and other in weights:
+                weights[one] = weights[other]
+    program.check_weights(name, weights)
+    unknown = sorted(set(weights) - known)
+    if unknown:
+        raise StructureError(
+            f"{name}: the network has no tensor {unknown[0]!r} ({len(unknown)} such names); it has "
+            f"{sorted(known)}. Pass the model these weights belong to."
+        )
+    for alias, key in program.tied.items():
+        if not torch.equal(weights[alias], weights[key]):
+            raise StructureError(
+                f"{name}: {alias!r} and {key!r} are one tensor in the model and differ in these "
+                "weights. Pass the model these weights belong to."
+            )
+    return weights
+
+
+def _check_inputs(program: Program, data: tuple[Tensor, Tensor | None] | None) -> None:
+    wanted = program.input_shape()[1:]
+    if data is not None and tuple(data[0].shape[1:]) != tuple(wanted):
+        raise ConfigError(
+            f"batches: inputs have shape {tuple(data[0].shape)}, the network takes (b, "
+            f"{', '.join(map(str, wanted))}). Pass inputs of the checkpoints' task."
+        )
+
+
+def _layout(program: Program, spec: PermutationSpec | None, member: tuple[str, Weights]) -> Layout:
+    """The weight graph; a spec of the user's is proved first."""
     key = f"{program.digest}-{spec.digest if spec else ''}"
     if key not in _LAYOUTS:
         if spec is not None:
+            spec.check_weights(*member)
+            missing = sorted(set(program.parameters.values()) - set(spec.axes))
+            if missing:
+                raise StructureError(
+                    f"spec: it says nothing of {missing}. Give the axes of every tensor that the "
+                    "network reads; axes that stay in place have factors without a group."
+                )
             prove(program, spec)
         _LAYOUTS[key] = Layout.of(program, spec or discover_program(program))
     return _LAYOUTS[key]
-
-
-def _example(model: nn.Module, data: tuple[Tensor, Tensor | None] | None) -> Tensor:
-    """An input to trace with: from the batches, or guessed where the first layer is linear."""
-    if data is not None:
-        return data[0][:2]
-    first = next(model.parameters(), None)
-    if first is None or first.ndim != 2:
-        raise ConfigError(
-            "batches: the shape of the model's inputs cannot be read from its first layer. Pass batches=<a few "
-            "inputs [b, ...]>."
-        )
-    return torch.zeros(2, first.shape[1], device=first.device, dtype=first.dtype)
 
 
 def _merger(merger: Any) -> Any:
@@ -245,8 +349,10 @@ def _base(base: Source | None, named: list[tuple[str, Weights]]) -> Weights | No
     if base is None:
         return None
     found = read_checkpoints(base)[0]
-    check_compatible([named[0], (found.name, found.weights)])
-    return found.weights
+    pair = strip_wrappers([named[0], (f"base, {found.name}", found.weights)])
+    check_compatible(pair)
+    check_finite(*pair[1])
+    return pair[1][1]
 
 
 def _aligned(
@@ -271,18 +377,12 @@ def _wide(weights: Weights) -> Weights:
 
 
 def _corrected(
-    fused: Weights,
-    aligned: list[Weights],
-    layout: Layout,
-    data: tuple[Tensor, Tensor | None] | None,
-    correct: str,
+    fused: Weights, aligned: list[Weights], layout: Layout, inputs: Tensor, correct: str
 ) -> Weights:
-    if data is None:
-        raise ConfigError(f"correct={correct!r} needs batches=<calibration inputs [b, ...]>; none were given.")
     device = next(iter(fused.values())).device
     members = {k: t[None].to(device) for k, t in stack([_wide(w) for w in aligned]).items()}
     start = {k: t[None] for k, t in _wide(fused).items()}
-    return unstack(CORRECTIONS[correct](start, members, layout, data[0].to(device)))[0]
+    return unstack(CORRECTIONS[correct](start, members, layout, inputs.to(device)))[0]
 
 
 def _finished(fused: Weights, named: list[tuple[str, Weights]], layout: Layout | None) -> Weights:
@@ -305,19 +405,29 @@ def _promoted(tensors: list[Tensor]) -> torch.dtype:
 def _variance_ratio(
     fused: Weights, aligned: list[Weights], layout: Layout, inputs: Tensor
 ) -> dict[str, float]:
-    """Variance of the fused pre-activations over the members' mean variance, per layer; 1 is healthy."""
+    """Variance of the fused pre-activations over the members' mean, per layer; 1 is healthy."""
     with torch.no_grad():
-        members = observe({k: t[None] for k, t in stack([_wide(w) for w in aligned]).items()}, layout, inputs)
+        members = observe(
+            {k: t[None] for k, t in stack([_wide(w) for w in aligned]).items()}, layout, inputs
+        )
         own = observe({k: t[None, None] for k, t in _wide(fused).items()}, layout, inputs)
     return {
-        layer.weight: float(own[layer.node].var(2).mean() / members[layer.node].var(2).mean().clamp_min(1e-12))
+        layer.weight: float(
+            own[layer.node].var(2).mean() / members[layer.node].var(2).mean().clamp_min(1e-12)
+        )
         for layer in layout.layers
     }
 
 
 def _device(device: str) -> torch.device:
+    there = torch.cuda.is_available()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if there else "cpu")
+    kind = str(device).partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {device!r}, expected 'auto', 'cpu' or 'cuda'.")
+    if kind == "cuda" and not there:
+        raise ConfigError(f"device: got {device!r}, but torch sees no GPU here. Use 'cpu'.")
     return torch.device(device)
 
 
@@ -329,7 +439,11 @@ def _on(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Move what a method computes with to the device; everything else stays as it is."""
     moved = dict(arguments)
     if isinstance(moved.get("merger"), nn.Module):
-        moved["merger"] = copy.deepcopy(moved["merger"]).to(device) if device.type != "cpu" else moved["merger"]
+        moved["merger"] = (
+            copy.deepcopy(moved["merger"]).to(device) if device.type != "cpu" else moved["merger"]
+        )
+    if moved.get("base") is not None:
+        moved["base"] = _to(moved["base"], device)
     if isinstance(moved.get("batches"), Tensor):
         moved["batches"] = moved["batches"].to(device)
     elif moved.get("batches") is not None:

@@ -1,4 +1,4 @@
-"""Networks that the zoo trains: factories that take the task's input shape and number of classes."""
+"""Networks that the zoo trains: factories that take a task's input shape and number of classes."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,8 +27,10 @@ def mlp(shape: Sequence[int], classes: int, *, widths: Sequence[int] = (32,)) ->
     return nn.Sequential(*layers, nn.Linear(fan_in, classes))
 
 
-def cnn(shape: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32, 32)) -> nn.Sequential:
-    """Convolutions 3x3 with ReLU, each but the last followed by max-pooling, then global mean and logits.
+def cnn(
+    shape: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32, 32)
+) -> nn.Sequential:
+    """Convolutions 3x3 with ReLU and, but for the last, max-pooling; then global mean and logits.
 
     Args:
         shape: Shape of one input, ``(channels, height, width)``.
@@ -44,7 +46,9 @@ def cnn(shape: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32, 
         layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if depth < len(widths) - 1 else []
         channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}

@@ -1,4 +1,4 @@
-"""Command lines from frozen dataclasses: one field is one option, and its comment is its help text."""
+"""Command lines from frozen dataclasses: one field is one option, its comment is its help text."""
 
 import argparse
 import difflib
@@ -19,8 +19,8 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, *, prog: 
     """Read a frozen dataclass from the command line.
 
     Args:
-        kind: A dataclass whose fields are ``str``, ``int``, ``float``, ``bool``, tuples of one of these, or
-            one of these or None.
+        kind: A dataclass whose fields are ``str``, ``int``, ``float``, ``bool``, tuples of one of
+            these, or any of these or None.
         arguments: The command line without the program; by default that of this process.
         prog: How the command is called, for the help text.
 
@@ -28,7 +28,8 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, *, prog: 
         The options.
 
     Raises:
-        SystemExit: On ``--help``, and with code 2 and a suggestion on an unknown option or a bad value.
+        SystemExit: On ``--help``, and with code 2 on an unknown option (with a suggestion) or a
+            bad value.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
@@ -56,12 +57,13 @@ def _add(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, co
     given: dict[str, Any] = {"help": text, "required": needed}
     if not needed:
         given["default"] = default
+    hint = _given(hint)
     if get_origin(hint) is tuple:
         parser.add_argument(flag, type=get_args(hint)[0], nargs="+", action=_Tuple, **given)
     elif hint is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **given)
     else:
-        parser.add_argument(flag, type=_scalar(hint), metavar=name.upper(), **given)
+        parser.add_argument(flag, type=hint, metavar=name.upper(), **given)
 
 
 class _Tuple(argparse.Action):
@@ -69,14 +71,15 @@ class _Tuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
-def _scalar(hint: Any) -> type:
+def _given(hint: Any) -> Any:
+    """What a value is when it is given: the hint without its None."""
     if isinstance(hint, types.UnionType):
         return next(kind for kind in get_args(hint) if kind is not type(None))
     return hint
 
 
 def _shown(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return " ".join(map(str, default)) or "none" if isinstance(default, tuple) else str(default)
 
 
 def _comments(kind: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Train many networks of one architecture at once: stacked parameters, one batched product per layer and step."""
+"""Train many networks of one architecture at once: stacked weights, one product per layer."""
 
 from collections.abc import Callable, Sequence
 from math import ceil, prod
@@ -11,7 +11,7 @@ from metamerge.structure import Program, run
 from metamerge.weights import Weights, stack
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``[n, b, c]`` and targets ``[n, b]`` (or ``[n, b, c]``) -> one loss per network ``[n]``."""
+"""Logits ``[n, b, c]`` and targets ``[n, b]`` or ``[n, b, c]`` -> one loss per network ``[n]``."""
 
 Progress = Callable[[int], None]
 
@@ -60,16 +60,18 @@ def train_networks(
     chunk: int = 512,
     progress: Progress | None = None,
 ) -> Weights:
-    """Train ``n`` networks with Adam, each on rows of its own, with a linearly falling learning rate.
+    """Train ``n`` networks with Adam, each on its own rows, with a linearly falling learning rate.
 
-    Each network makes ``ceil(epochs * rows / batch_size)`` steps; those with many rows train longest. Networks
-    are handled in chunks of similar length to bound memory, and a chunk drops those that are done.
+    Each network makes ``ceil(epochs * rows / batch_size)`` steps; those with many rows train
+    longest. Networks are handled in chunks of similar length to bound memory, and a chunk drops
+    those that are done.
 
     Args:
         program: The architecture.
         weights: Stacked state dicts ``[n, ...]``, not modified.
         inputs: All images, ``[rows, ...]``.
-        targets: Labels ``[rows]``, or what the loss compares with: ``[rows, c]``, or ``[n, rows, c]`` per network.
+        targets: Labels ``[rows]``, or what the loss compares with: ``[rows, c]``, or
+            ``[n, rows, c]`` per network.
         rows: Per network, the indices it trains on.
         epochs: Passes over its rows.
         batch_size: Rows per step.
@@ -105,8 +107,10 @@ def train_networks(
     return trained
 
 
-def _orders(rows: list[Tensor], steps: Tensor, batch_size: int, networks: Tensor, seed: int) -> Tensor:
-    """Rows in the order in which each network meets them, ``[n, steps * batch_size]``, pass after pass."""
+def _orders(
+    rows: list[Tensor], steps: Tensor, batch_size: int, networks: Tensor, seed: int
+) -> Tensor:
+    """Rows in the order in which each network meets them, ``[n, steps * batch_size]``."""
     orders = torch.zeros(len(rows), int(steps.max()) * batch_size, dtype=torch.long)
     for i, own in enumerate(rows):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + int(networks[i]))
@@ -134,7 +138,7 @@ def _train_chunk(
     device = inputs.device
     orders, falling = orders.to(device), steps.to(device)
     for step in range(int(steps.max())):
-        active = int((steps > step).sum())  # networks are sorted by steps: the first ones are still at work
+        active = int((steps > step).sum())  # sorted by steps: the first ones are still at work
         rows = orders[:active, step * batch_size : (step + 1) * batch_size]
         live = {key: tensor[:active] for key, tensor in weights.items()}
         leaves = {key: live[key].detach().requires_grad_() for key in keys}
@@ -156,7 +160,13 @@ def _targets(targets: Tensor, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _adam(
-    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, rate: Tensor, decay: float, step: int
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rate: Tensor,
+    decay: float,
+    step: int,
 ) -> None:
     """One AdamW step in place; ``rate`` holds one learning rate per network."""
     first.lerp_(grad, 0.1)

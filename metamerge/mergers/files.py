@@ -1,4 +1,4 @@
-"""Trained mergers on disk: ``merger.safetensors`` and ``merger.json`` in a folder of their own."""
+"""Trained mergers on disk: ``model.safetensors`` and ``manifest.json`` in a folder of their own."""
 
 import os
 from collections.abc import Mapping
@@ -44,15 +44,25 @@ def load_merger(folder: str | os.PathLike[str]) -> GNNMerger:
     """
     if not Path(folder).is_dir():
         raise ConfigError(
-            f"merger: {os.fspath(folder)!r} does not exist. Train one with `accelerate launch "
-            "trainers/merger.py` and pass its folder, or choose a method that needs none, such as method='average'."
+            f"merger: there is no folder {os.fspath(folder)!r}. Train one with `accelerate launch "
+            "trainers/merger.py` and pass its folder, or choose a method that needs none, such as "
+            "method='average'."
         )
     checkpoint = read_checkpoints(folder)[0]
     metadata = checkpoint.metadata
     if metadata.get("kind") != KIND:
-        raise Unreadable(f"{os.fspath(folder)}: this checkpoint is no merger. Pass a folder written by trainers/merger.py.")
-    config = metadata["config"]
-    merger = GNNMerger(GNNConfig(**{**config, "input_shape": tuple(config["input_shape"])}))
+        raise Unreadable(
+            f"{os.fspath(folder)}: this checkpoint is no merger. Pass a folder written by "
+            "trainers/merger.py."
+        )
+    try:
+        config = dict(metadata["config"])
+        merger = GNNMerger(GNNConfig(**{**config, "input_shape": tuple(config["input_shape"])}))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise Unreadable(
+            f"{os.fspath(folder)}: its configuration is not that of a merger ({error!r}). Train it "
+            "again, or use the version of metamerge that wrote it."
+        ) from error
     try:
         merger.load_state_dict(checkpoint.weights)
     except RuntimeError as error:

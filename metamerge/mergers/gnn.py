@@ -1,8 +1,9 @@
 """The graph-network merger: reads the weights of K aligned members and emits one set of weights.
 
-It mixes units with coefficients that it reads from the weight graph, finds out from weights and probes which member
-knows which class, and refits every layer in closed form on probes that it has learned. Fresh from the constructor all
-heads are zero, so it *is* the average of the aligned members; whatever it does beyond that it has learned.
+It mixes units with coefficients that it reads from the weight graph, finds out from weights and
+probes which member knows which class, and refits every layer in closed form on probes that it has
+learned. Fresh from the constructor all heads are zero, so it *is* the average of the aligned
+members; whatever it does beyond that it has learned.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,9 @@ class GNNMerger(nn.Module):
         self.probes = nn.Parameter(start)
         self.embed = nn.Linear(UNIT_FEATURES, width)
         self.rounds = nn.ModuleList(MessageRound(width) for _ in range(config.rounds))
-        self.mix = nn.ModuleDict({level: _zero_head(width, 1) for level in ("unit", "layer", "model")})
+        self.mix = nn.ModuleDict(
+            {level: _zero_head(width, 1) for level in ("unit", "layer", "model")}
+        )
         self.gain = _zero_head(width, 1)
         self.gate = CompetenceGate(width) if config.gate else None
         self.strength = nn.Parameter(torch.zeros(2))  # of the refit: hidden layers, output layer
@@ -71,7 +74,12 @@ class GNNMerger(nn.Module):
             self.prior = nn.Parameter(torch.zeros(config.prior, config.prior))
 
     def forward(
-        self, members: Weights, layout: Layout, inputs: Tensor | None = None, *, sparse: bool = False
+        self,
+        members: Weights,
+        layout: Layout,
+        inputs: Tensor | None = None,
+        *,
+        sparse: bool = False,
     ) -> Weights:
         """Merge aligned members.
 
@@ -92,7 +100,8 @@ class GNNMerger(nn.Module):
         if tuple(probes.shape[1:]) != tuple(wanted):
             raise IncompatibleWeights(
                 f"The checkpoints take inputs of shape {tuple(wanted)}, the merger's probes have "
-                f"{tuple(probes.shape[1:])}. Pass batches= with inputs of the checkpoints' task, or train a merger on it."
+                f"{tuple(probes.shape[1:])}. Pass batches= with inputs of the checkpoints' task, "
+                "or train a merger on it."
             )
         observed = observe(members, layout, probes)
         states = self._states(members, layout, observed, sparse)
@@ -116,7 +125,9 @@ class GNNMerger(nn.Module):
             gain = (self.gain(states[layer.target].mean(1)).squeeze(-1) * rho[:, None]).exp()
             return Target(mixed_target(values, mixing[layer.target], gain), self.strength[0])
 
-        return construct(fused, observed, layout, probes, targets=targets, ridge=self.log_ridge[0].exp())
+        return construct(
+            fused, observed, layout, probes, targets=targets, ridge=self.log_ridge[0].exp()
+        )
 
     def _states(
         self, members: Weights, layout: Layout, observed: dict[str, Tensor], sparse: bool
@@ -148,7 +159,7 @@ class GNNMerger(nn.Module):
     def _residual(
         self, fused: Weights, members: Weights, layout: Layout, states: dict[str, Tensor]
     ) -> Weights:
-        """Low-rank change of every layer, entry by entry no larger than the members' disagreement allows."""
+        """Low-rank change of every layer, no entry larger than the members' deviation there."""
         if not self.config.rank:
             return fused
         fused = dict(fused)
@@ -157,18 +168,24 @@ class GNNMerger(nn.Module):
             columns = self.column_factor(states[layer.source].mean(1))
             change = (rows @ columns.mT).tanh()  # [f, rows, columns]
             deviation = (members[layer.weight].var(1, correction=0) + 1e-12).sqrt() - 1e-6
-            fused[layer.weight] = fused[layer.weight] + _spread_over(change, layer, layout, deviation)
+            fused[layer.weight] = fused[layer.weight] + _spread_over(
+                change, layer, layout, deviation
+            )
         return fused
 
     def _with_prior(self, fused: Weights, layout: Layout, spread: dict[str, Tensor]) -> Weights:
-        """Smooth first-layer rows that look at images, by a learned kernel that starts as the identity."""
+        """Smooth first-layer rows that look at images, by a kernel that starts as the identity."""
         shape = self.config.input_shape
         if not self.config.prior or len(shape) != 3:
             return fused
         fused = dict(fused)
         for layer in layout.layers:
             weight = fused[layer.weight]
-            if layer.reads_inputs and layer.linear and weight[0, 0].numel() == torch.Size(shape).numel():
+            if (
+                layer.reads_inputs
+                and layer.linear
+                and weight[0, 0].numel() == torch.Size(shape).numel()
+            ):
                 maps = weight.reshape(-1, 1, *shape[1:])
                 change = F.conv2d(maps, self.prior[None, None], padding=self.config.prior // 2)
                 gate = spread[layer.weight][:, None, None]
@@ -177,12 +194,12 @@ class GNNMerger(nn.Module):
 
 
 class CompetenceGate(nn.Module):
-    """Reads from weights and probes which member has learned which class, and weighs its logits by it.
+    """Reads from weights and probes which member knows which class, and weighs its logits by it.
 
-    The fused logit of a class is ``sum_k beta[k] * centred logit[k] + gamma``, where ``beta`` is a softmax over
-    members of a score per member, class and probe (learned from the class token, and from how high and how
-    decided the member's logits are on that probe). No class has an identity here: relabelling all members in
-    the same way relabels the outcome.
+    The fused logit of a class is ``sum_k beta[k] * (centred logit[k] * exp(scale[k]) + gamma[k])``,
+    where ``beta`` is a softmax over members of a score per member, class and probe (learned from
+    the class token, and from how high and how decided the member's logits are on that probe). No
+    class has an identity here: relabelling all members in the same way relabels the outcome.
 
     Args:
         width: Size of the node states.
@@ -191,7 +208,9 @@ class CompetenceGate(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(CLASS_FEATURES + width, width), nn.SiLU())
-        self.mixer = nn.Sequential(nn.Linear(4 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.mixer = nn.Sequential(
+            nn.Linear(4 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
         self.head = _zero_head(width, 5)
 
     def forward(
@@ -220,7 +239,8 @@ class CompetenceGate(nn.Module):
         score = level + slope * logits.log_softmax(-1).clamp_min(-12) + decided * sure.clamp_min(-4)
         beta = score.softmax(1)  # [f, m, r, c]
         told = beta * ((logits - offset) * scale.exp() + gamma)
-        return told.sum(1) + offset.mean(1)  # the offset changes no probability, but keeps copies of one network exact
+        # the offset changes no probability, but keeps copies of one network exact
+        return told.sum(1) + offset.mean(1)
 
 
 def mix(members: Weights, layout: Layout, mixing: dict[str, Tensor]) -> Weights:

@@ -1,9 +1,9 @@
-"""Messages along weights: every edge of the weight graph carries its sender's state times the weight itself.
+"""Messages along weights: every edge carries its sender's state times the weight itself.
 
-A message is linear in the weight (``w_ij * A h_j``), so it means the same for any width and needs no embedding
-per edge: related networks that learn from weights (Zhou et al., "Permutation Equivariant Neural Functionals",
-arXiv:2302.14040; Kofinas et al., "Graph Neural Networks for Learning Equivariant Representations of Neural Networks",
-arXiv:2403.12143) hold a vector per edge.
+A message is linear in the weight (``w_ij * A h_j``), so it means the same for any width and needs
+no embedding per edge: related networks that learn from weights (Zhou et al., "Permutation
+Equivariant Neural Functionals", arXiv:2302.14040; Kofinas et al., "Graph Neural Networks for
+Learning Equivariant Representations of Neural Networks", arXiv:2403.12143) hold a vector per edge.
 """
 
 import torch
@@ -66,7 +66,11 @@ class MessageRound(nn.Module):
         self.update = nn.Sequential(nn.Linear(5 * width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(
-        self, states: dict[str, Tensor], edges: list[tuple[str, str, Tensor]], *, sparse: bool = False
+        self,
+        states: dict[str, Tensor],
+        edges: list[tuple[str, str, Tensor]],
+        *,
+        sparse: bool = False,
     ) -> dict[str, Tensor]:
         """Update all node states.
 
@@ -108,9 +112,12 @@ class MessageRound(nn.Module):
         senders, receivers, forward, backward = [], [], [], []
         for source, target, matrix in edges:
             rows, columns = matrix.shape[-2:]
-            network = torch.arange(matrix.shape[0] * matrix.shape[1], device=matrix.device)
-            to = starts[target] + network[:, None, None] * rows + torch.arange(rows)[:, None]
-            come = starts[source] + network[:, None, None] * columns + torch.arange(columns)
+            network, row, column = (
+                torch.arange(size, device=matrix.device)
+                for size in (matrix.shape[0] * matrix.shape[1], rows, columns)
+            )
+            to = starts[target] + network[:, None, None] * rows + row[:, None]
+            come = starts[source] + network[:, None, None] * columns + column
             receivers.append(to.expand(-1, -1, columns).flatten())
             senders.append(come.expand(-1, rows, -1).flatten())
             forward.append((matrix / columns**0.5).flatten())

@@ -1,8 +1,8 @@
-"""The threshold objective: families below their accuracy threshold get the gradient, those beyond it fade out.
+"""The threshold objective: families below their threshold get the gradient, others fade out.
 
-A merger is trained until the networks that it emits are good *enough*, nearly all of them: what counts is the share
-of unseen families above their threshold, and training stops when the lower Wilson bound of that share reaches a
-target.
+A merger is trained until the networks that it emits are good *enough*, nearly all of them: what
+counts is the share of unseen families above their threshold, and training stops when the lower
+Wilson bound of that share reaches a target.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class ThresholdObjective:
     """Cross entropy of fused networks, weighed by how far each family is from its threshold.
 
     Attributes:
-        reference: ``absolute``, or what the threshold is relative to: ``best_member`` or ``ensemble``.
+        reference: ``absolute``, or what the threshold is relative to: ``best_member`` or
+            ``ensemble``.
         margin: The threshold itself, or how far above the reference it lies, in accuracy.
         softness: Accuracy over which a family fades out at its threshold.
     """

@@ -1,7 +1,8 @@
-"""Neuron tokens: what a merger is told about one unit of one member, in numbers that do not depend on sizes.
+"""Neuron tokens: what a merger is told about one unit of one member, in numbers free of sizes.
 
-Every feature is relative (to the fan-in, to the mean over units, to the barycentre of the members), so a merger
-trained on one width reads another, and none names a layer, a class or a place in the input.
+Every feature is relative (to the fan-in, to the mean over units, to the barycentre of the members),
+so a merger trained on one width reads another, and none names a layer, a class or a place in the
+input.
 """
 
 import torch
@@ -63,10 +64,11 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], space: str) -> Tensor:
-    """Incoming, outgoing and activation features, ``[f, m, n, 10]``; zero where a space has no such side."""
+    """Incoming, outgoing and activation features, ``[f, m, n, 10]``; 0 where there is no side."""
     incoming = [layout.matrix(x, members[x.weight]).flatten(3) for x in layout.producers(space)]
     outgoing = [
-        layout.matrix(x, members[x.weight]).transpose(2, 3).flatten(3) for x in layout.consumers(space)
+        layout.matrix(x, members[x.weight]).transpose(2, 3).flatten(3)
+        for x in layout.consumers(space)
     ]
     zero = members[layout.layers[0].weight].new_zeros(*_lead(members, layout), layout.spaces[space])
     features = [zero] * 10
@@ -79,8 +81,11 @@ def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], spa
             _cosine_to_mean(rows),
             ranks - ranks.mean(1, keepdim=True),
         ]
-        features[3] = _biases(members, layout, space, zero) / norm.mean((1, 2), keepdim=True).clamp_min(1e-6)
-        values = sum(observed[x.node] for x in layout.producers(space))  # [f, m, r, n]
+        features[3] = _biases(members, layout, space, zero) / norm.mean(
+            (1, 2), keepdim=True
+        ).clamp_min(1e-6)
+        # producers of one space may see maps of different sizes: their rows stand one after another
+        values = torch.cat([observed[x.node] for x in layout.producers(space)], 2)  # [f, m, r, n]
         spread = values.std(2, correction=0)
         typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
         features[4:8] = [
