@@ -35,7 +35,7 @@ from zoo import architectures
 from zoo.build import ZooOptions, build_with_progress, options_of, split_of
 from zoo.options import parse
 from zoo.store import Zoo, load_zoo
-from zoo.tasks import TaskSplit
+from zoo.parts import TaskSplit
 from zoo.training import predict
 
 SCRATCH_SEED = 2_000_000_011  # inits of controls: beyond those of any zoo
@@ -275,7 +275,7 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
 def _zoo(options: CompareOptions, card: dict[str, Any], console: Console) -> Zoo:
     if options.zoo:
         return load_zoo(options.zoo)
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in card["zoo"]["options"].items()}
+    told = card["zoo"]["options"]
     return build_with_progress(ZooOptions(**told), console)
 
 

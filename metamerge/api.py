@@ -249,8 +249,8 @@ def _program(
     carried = _carried(members)
     if carried is None:
         raise ConfigError(
-            "model: the checkpoints do not say what network they belong to. Pass model=<an nn.Module "
-            "of their architecture>; only plain averages with align=None do without."
+            "model: the checkpoints do not say what network they belong to. Pass model=<an "
+            "nn.Module of their architecture>; only averages with align=None do without."
         )
     return carried
 

@@ -1,11 +1,12 @@
-"""Refit: rebuild fused weights layer by layer so that every unit computes what its members' mixture computes.
+"""Refit: rebuild fused weights layer by layer until units compute what their members' mixture does.
 
-The target of a unit is the mean of its aligned members' pre-activations, rescaled to their mean spread; the fused
-layer is the ridge regression of that target on the fused network's *own* inputs. The idea of restoring the spread
-is REPAIR's (Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023,
-arXiv:2211.08403); regressing on the merged network's inputs is close to RegMean (Jin et al., ICLR 2023,
-arXiv:2212.09849) and PLeaS (Nasery et al., arXiv:2407.02447). We regress the *correction* to the fused weights, so that
-a strong ridge gives them back unchanged, and every step can be differentiated through.
+The target of a unit is the mean of its aligned members' pre-activations, rescaled to their mean
+spread; the fused layer is the ridge regression of that target on the fused network's *own* inputs.
+The idea of restoring the spread is REPAIR's (Jordan et al., "REPAIR: REnormalizing Permuted
+Activations for Interpolation Repair", ICLR 2023, arXiv:2211.08403); regressing on the merged
+network's inputs is close to RegMean (Jin et al., ICLR 2023, arXiv:2212.09849) and PLeaS (Nasery et
+al., arXiv:2407.02447). We regress the *correction* to the fused weights, so that a strong ridge
+gives them back unchanged, and every step can be differentiated through.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ MAX_ROWS = 4096  # regression rows per layer; positions of feature maps are subs
 
 
 class Target(NamedTuple):
-    """What a layer is fitted to: pre-activations ``[f, r, o]``, and how far to go, from 0 (not at all) to 1."""
+    """What a layer is fitted to: pre-activations ``[f, r, o]``, and how far to go, from 0 to 1."""
 
     value: Tensor
     strength: Tensor | float
@@ -45,7 +46,8 @@ def refit(
 ) -> Weights:
     """Fit every layer of fused weights to its members' mixture on the given inputs.
 
-    The first layer, whose inputs are those of the members, is only rescaled: there the mixture is exact.
+    The first layer, whose inputs are those of the members, is only rescaled: there the mixture is
+    exact.
 
     Args:
         fused: Starting weights of ``f`` families, ``[f, ...]``.
@@ -53,7 +55,8 @@ def refit(
         layout: Layers of the architecture.
         inputs: Calibration inputs or learned probes, ``[b, ...]``.
         targets: Targets per layer; by default the rescaled mean of the members.
-        ridge: Strength of the pull towards the starting weights, relative to the mean square of the inputs.
+        ridge: Strength of the pull towards the starting weights, relative to the mean square of the
+            inputs.
 
     Returns:
         New weights ``[f, ...]``.
@@ -71,7 +74,8 @@ def observe(members: Weights, layout: Layout, inputs: Tensor) -> dict[str, Tenso
         inputs: ``[b, ...]``.
 
     Returns:
-        Node of the layer -> ``[f, m, r, o]``, where rows are images, or images by positions, subsampled.
+        Node of the layer -> ``[f, m, r, o]``, where rows are images, or images by positions,
+        subsampled.
     """
     families, count = next(iter(members.values())).shape[:2]
     flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
@@ -94,7 +98,7 @@ def construct(
     targets: Targets,
     ridge: Tensor | float,
 ) -> Weights:
-    """The second half of ``refit``: run the fused network and fit each layer when the pass reaches it.
+    """The second half of ``refit``: run the fused network and fit each layer as it is reached.
 
     Args:
         fused: Starting weights, ``[f, ...]``.
@@ -162,7 +166,7 @@ def _std(values: Tensor, dim: int) -> Tensor:
 
 
 def _rescale(layer: Layer, weights: Weights, current: Tensor, target: Target) -> Weights:
-    """Give each unit the target's mean and spread and leave its direction; exact where inputs are shared."""
+    """Give each unit the target's mean and spread, not its direction; exact for shared inputs."""
     factor = _std(target.value, 1) / _std(current, 1)  # [f, o]
     factor = 1 + target.strength * (factor - 1)
     mean = current.mean(1)
@@ -259,7 +263,7 @@ def _rows(value: Tensor, layer: Layer) -> Tensor:
 
 
 def _inputs(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
-    """Inputs of a regressable layer as rows by fan-in, at the same rows as ``_rows``: ``[f, r, i]``."""
+    """Inputs of a regressable layer by fan-in, at the same rows as ``_rows``: ``[f, r, i]``."""
     if layer.linear:
         rows = lane.value.flatten(1, -2)
     else:

@@ -40,7 +40,7 @@ from trainers.resume import load_state, optimizer_tensors, restore_optimizer, sa
 from zoo.build import ZooOptions, build_with_progress, options_of, split_of
 from zoo.options import parse
 from zoo.store import Zoo, load_zoo
-from zoo.tasks import TaskSplit
+from zoo.parts import TaskSplit
 
 PLACES = ("out", "tracking", "experiment", "save_every")  # options that do not shape the result
 

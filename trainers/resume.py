@@ -1,4 +1,4 @@
-"""Training state that survives a kill: safetensors and JSON, the two newest kept, nothing pickled."""
+"""Training state that survives a kill: safetensors and JSON, two states kept, nothing pickled."""
 
 import os
 import shutil
@@ -15,7 +15,9 @@ from metamerge.errors import CheckpointError, ResumeError
 KEPT = 2
 
 
-def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def save_state(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
     """Write the state of a step, then let ``LATEST`` point to it, then drop the oldest.
 
     Args:
@@ -25,6 +27,8 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor], record: M
         record: Everything else, as JSON.
     """
     name = f"step-{step:08d}"
+    for left in (folder / name, *folder.glob(".step-*.partial")):  # damaged, or cut off by a kill
+        shutil.rmtree(left, ignore_errors=True)
     save_checkpoint(dict(tensors), folder / name, metadata={"step": step, **record}, overwrite=True)
     pointer = folder / ".LATEST.partial"
     pointer.write_text(name)
@@ -57,12 +61,19 @@ def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[
         except CheckpointError as error:
             faults.append(str(error))
             continue
-        if checkpoint.metadata["fingerprint"] != fingerprint:
+        found = checkpoint.metadata.get("fingerprint")
+        if found is None:
+            faults.append(f"{path}: its manifest says nothing of the training.")
+            continue
+        if found != fingerprint:
             raise ResumeError(
-                f"{path} was written with other options or another zoo. Choose another --out, or delete {folder.parent}."
+                f"{path} was written with other options or another zoo. Choose another --out, or "
+                f"delete {folder} to start again."
             )
         return checkpoint.weights, checkpoint.metadata
-    raise ResumeError(f"{folder}: no state is whole: {'; '.join(faults)}. Delete the folder to start again.")
+    raise ResumeError(
+        f"{folder}: no state is whole: {' '.join(faults)} Delete the folder to start again."
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -1,15 +1,18 @@
 """Build a zoo: ``python -m zoo.build --task digits --members 2 4 8``.
 
-Families of K networks, each trained on a segment of its own, all of them at once. A zoo is rebuilt only when an option
-that shapes it has changed.
+Families of K networks, each trained on a segment of its own, all of them at once. A zoo is rebuilt
+only when an option that shapes it has changed.
 """
 
 import json
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ from metamerge.errors import ConfigError, MetaMergeError, ZooError
 from metamerge.weights import Weights
 from zoo import architectures
 from zoo.options import parse
+from zoo.parts import TaskSplit, split_task
 from zoo.splits import SPLITS, describe
-from zoo.store import FAMILY_PARTS, Zoo, load_zoo, pad_rows, read_manifest, write_zoo
-from zoo.tasks import TaskSplit, load_task, split_task
+from zoo.store import FAMILY_PARTS, Zoo, check_place, load_zoo, pad_rows, read_manifest, write_zoo
+from zoo.tasks import load_task
 from zoo.training import init_networks, predict, train_networks
 
 PLACES = ("out", "data")  # options that say where things lie, not what they are
+SEEDS = 2**31  # beyond it the seeds of inits and orders would leave the range of torch's
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ class ZooOptions:
             ConfigError: Naming the option.
         """
         for name, allowed in (("split", tuple(SPLITS)), ("init", ("own", "shared"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}.")
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name}: got {value!r}, expected one of {allowed}.")
         if self.architecture not in architectures.ARCHITECTURES:
             known = sorted(architectures.ARCHITECTURES)
             raise ConfigError(f"architecture: got {self.architecture!r}, expected one of {known}.")
@@ -71,16 +77,27 @@ class ZooOptions:
             raise ConfigError(f"members: expected different numbers from 1 on, got {self.members}.")
         counts = ("train_families", "validation_families", "test_families", "batch_size")
         for name in (*counts, "epochs", "lr", "alpha"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < inf:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
-        if self.segment_size < 0:
-            raise ConfigError(f"segment_size: expected 0 or more, got {self.segment_size}.")
+        for name in ("segment_size", "weight_decay"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}.")
+        if min(self.widths, default=1) < 1:
+            raise ConfigError(f"widths: expected numbers from 1 on, got {self.widths}.")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed: expected 0 to {SEEDS - 1}, got {self.seed}.")
 
     @property
     def digest(self) -> str:
         """Hash of everything that shapes the zoo."""
-        shaping = {k: v for k, v in asdict(self).items() if k not in PLACES}
-        return sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+        return sha256(json.dumps(self.shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The options that shape the zoo, as JSON gives them back."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACES}
+        numbers = {f.name: float(kept[f.name]) for f in fields(self) if f.type is float}
+        return json.loads(json.dumps(kept | numbers))  # 5 epochs are 5.0 epochs
 
     @property
     def folder(self) -> Path:
@@ -89,8 +106,24 @@ class ZooOptions:
 
 
 def options_of(zoo: Zoo) -> ZooOptions:
-    """The options that a zoo was built with."""
-    return ZooOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in zoo.options.items()})
+    """The options that a zoo was built with.
+
+    Args:
+        zoo: The zoo.
+
+    Returns:
+        Its options.
+
+    Raises:
+        ZooError: If they are not options of this version.
+    """
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in zoo.options.items()}
+    try:
+        return ZooOptions(**told)
+    except TypeError as error:
+        raise ZooError(
+            f"{zoo.folder}: was built by another version ({error}). Build the zoo again."
+        ) from error
 
 
 def split_of(options: ZooOptions) -> TaskSplit:
@@ -102,7 +135,8 @@ def split_of(options: ZooOptions) -> TaskSplit:
     Returns:
         The split.
     """
-    return split_task(load_task(options.task, options.data), seed=options.seed, objective=options.objective)
+    task = load_task(options.task, options.data)
+    return split_task(task, seed=options.seed, objective=options.objective)
 
 
 def build(options: ZooOptions, *, progress: Callable[[str, int, int], None] | None = None) -> Zoo:
@@ -116,23 +150,43 @@ def build(options: ZooOptions, *, progress: Callable[[str, int, int], None] | No
         The zoo.
 
     Raises:
-        ZooError: If segments cannot be cut, or the folder holds a zoo of other options or something else.
+        ZooError: If segments cannot be cut, members diverge, or the folder holds a zoo of other
+            options or something else, or cannot be written.
     """
     folder = options.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with _locked(folder):
         found = read_manifest(folder)
         if found is not None and found["digest"] == options.digest:
             return load_zoo(folder)
         if found is not None and options.out is not None:
-            differ = [k for k, v in found["options"].items() if json.loads(json.dumps(asdict(options)))[k] != v]
+            told = found["options"]
+            differ = [k for k, v in options.shaping.items() if k not in told or told[k] != v]
             raise ZooError(
-                f"{folder} holds a zoo with other options ({', '.join(differ)}). Choose another --out, or delete it."
+                f"{folder} holds a zoo with other options ({', '.join(differ)}). Choose another "
+                "--out, or delete it."
             )
+        check_place(folder)
         return _build(options, folder, progress)
 
 
-def _build(options: ZooOptions, folder: Path, progress: Callable[[str, int, int], None] | None) -> Zoo:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One builder at a time for a folder; the lock lies beside it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / f".{folder.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise ZooError(f"{folder} cannot be written: {error}. Choose another --out.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(
+    options: ZooOptions, folder: Path, progress: Callable[[str, int, int], None] | None
+) -> Zoo:
     split = split_of(options)
     shape, classes = split.task.inputs.shape[1:], split.task.classes
 
@@ -147,7 +201,11 @@ def _build(options: ZooOptions, folder: Path, progress: Callable[[str, int, int]
     for part in FAMILY_PARTS:
         for members in options.members:
             families = _count(options, part)
-            segments = [s for _ in range(families) for s in _segments(options, split, members, generator)]
+            segments = [
+                segment
+                for _ in range(families)
+                for segment in _segments(options, split, members, generator)
+            ]
             seeds = _init_seeds(options, families, members, next_seed)
             next_seed = max(seeds) + 1
 
@@ -163,14 +221,17 @@ def _build(options: ZooOptions, folder: Path, progress: Callable[[str, int, int]
                     batch_size=options.batch_size,
                     lr=options.lr,
                     weight_decay=options.weight_decay,
-                    seed=next_seed,
-                    progress=report and (lambda trained, report=report, done=done: report(done=done + trained)),
+                    seed=next_seed % SEEDS,
+                    progress=report
+                    and (lambda trained, report=report, done=done: report(done=done + trained)),
                 )
+                _check_converged(weights, options)
                 accuracy = _accuracy(program, weights, *split.images("validation"))
             done += len(seeds)
             stem = f"{part}-k{members}"
             stacked = {key: t.unflatten(0, (families, members)) for key, t in weights.items()}
-            files[stem] = (stacked, _provenance(seeds, segments, accuracy, split, families, members))
+            origin = _provenance(seeds, segments, accuracy, split, families, members)
+            files[stem] = (stacked, origin)
             rows[stem] = pad_rows(segments, families, members)
     manifest = {
         "digest": options.digest,
@@ -179,6 +240,11 @@ def _build(options: ZooOptions, folder: Path, progress: Callable[[str, int, int]
         "program": program.to_json(),
     }
     return write_zoo(folder, files, rows, manifest)
+
+
+def _check_converged(weights: Weights, options: ZooOptions) -> None:
+    if not all(t.isfinite().all() for t in weights.values() if t.is_floating_point()):
+        raise ZooError(f"Some members diverged at lr={options.lr}. Build with a smaller --lr.")
 
 
 def _count(options: ZooOptions, part: str) -> int:
@@ -192,9 +258,15 @@ def _segments(
     size = options.segment_size or None
     if options.split == "disjoint":
         return SPLITS["disjoint"](targets, rows, members, size=size, generator=generator)
-    # each member draws its own images: eight segments of 300 do not fit into small tasks without sharing some
+    # each member draws its own images: eight segments of 300 do not fit into small tasks otherwise
     return SPLITS["dirichlet"](
-        targets, rows, members, alpha=options.alpha, size=size, overlap=size is not None, generator=generator
+        targets,
+        rows,
+        members,
+        alpha=options.alpha,
+        size=size,
+        overlap=size is not None,
+        generator=generator,
     )
 
 
@@ -242,7 +314,12 @@ def build_with_progress(options: ZooOptions, console: Console | None = None) -> 
     """
     console = console or Console()
     started = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
         task = bar.add_task("zoo", total=None)
         zoo = build(
@@ -263,7 +340,8 @@ def main() -> None:
     try:
         build_with_progress(options)
     except MetaMergeError as error:
-        raise SystemExit(f"zoo.build: {error}") from error
+        print(f"zoo.build: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The zoo on disk: one safetensors file per part and family size, one manifest, nothing pickled.
 
-A zoo is a folder ``manifest.json`` + ``<part>-k<members>.safetensors`` (every tensor ``[families, members, ...]``).
-It is written into a temporary folder and renamed, so it is there whole or not at all; the manifest carries the options
-that made it, the traced program of its networks, checksums, and where every member comes from.
+A zoo is a folder ``manifest.json`` + ``<part>-k<members>.safetensors`` (every tensor
+``[families, members, ...]``). It is written into a temporary folder and renamed, so it is there
+whole or not at all; the manifest carries the options that made it, the traced program of its
+networks, checksums, and where every member comes from.
 """
 
 import json
@@ -26,6 +27,8 @@ from metamerge.weights import Weights
 
 FORMAT = "metamerge-zoo-1"
 FAMILY_PARTS = ("train", "validation", "test")
+ROWS = "rows.safetensors"
+_NEEDED = ("digest", "files", "options", "program", "task")  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Zoo:
 
     @property
     def digest(self) -> str:
-        """Hash of options, task and files."""
+        """Hash of the options that shape it."""
         return self.manifest["digest"]
 
     @property
@@ -74,25 +77,26 @@ class Zoo:
         Raises:
             ZooError: If there are none, or the file does not match its checksum.
         """
-        name = f"{part}-k{members}.safetensors"
-        entry = self.manifest["files"].get(name)
-        if entry is None:
-            raise ZooError(f"{self.folder}: no families {name!r}; there are {sorted(self.manifest['files'])}.")
-        found = _sha256(self.folder / name)
-        if found != entry["sha256"]:
-            raise ZooError(
-                f"{self.folder / name}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…. Delete "
-                "the zoo and build it again."
-            )
-        return load_file(self.folder / name)
+        entry = self._entry(part, members)
+        return _load_verified(self.folder / _file_name(part, members), entry["sha256"])
 
     def provenance(self, part: str, members: int) -> list[list[dict[str, Any]]]:
         """Where every member comes from: init seed, number of rows, rows per class."""
-        return self.manifest["files"][f"{part}-k{members}.safetensors"]["provenance"]
+        return self._entry(part, members)["provenance"]
 
     def rows(self, part: str, members: int) -> Tensor:
         """Rows of the task that each member was trained on, ``[f, m, longest]``, padded with -1."""
-        return load_file(self.folder / "rows.safetensors")[f"{part}-k{members}"]
+        self._entry(part, members)
+        found = _load_verified(self.folder / ROWS, self.manifest.get("rows_sha256"))
+        return found[f"{part}-k{members}"]
+
+    def _entry(self, part: str, members: int) -> dict[str, Any]:
+        name = _file_name(part, members)
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            known = sorted(self.manifest["files"])
+            raise ZooError(f"{self.folder}: no families {name!r}; there are {known}.")
+        return entry
 
     def address(self, part: str, members: int, family: int) -> str:
         """What ``metamerge.merge`` takes to merge one family."""
@@ -114,8 +118,8 @@ def load_zoo(folder: str | os.PathLike[str]) -> Zoo:
     manifest = read_manifest(Path(folder))
     if manifest is None:
         raise ZooError(
-            f"{folder}: no zoo here (no readable manifest.json of format {FORMAT!r}). Build one with "
-            f"`python -m zoo.build --out {folder}`."
+            f"{folder}: no zoo here (no readable manifest.json of format {FORMAT!r}). Build one "
+            f"with `python -m zoo.build --out {folder}`."
         )
     return Zoo(Path(folder), manifest)
 
@@ -126,8 +130,23 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return None
-    complete = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    return manifest if complete else None
+    ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return manifest if ours and all(name in manifest for name in _NEEDED) else None
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place where a zoo must not be written, before any work is done for it.
+
+    Args:
+        folder: Where the zoo shall lie.
+
+    Raises:
+        ZooError: If it is a file, or a folder that holds something other than a zoo.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ZooError(f"{folder} is a file. Choose another folder with --out.")
+    if folder.exists() and any(folder.iterdir()) and read_manifest(folder) is None:
+        raise ZooError(f"{folder} is not empty and holds no zoo. Choose another folder with --out.")
 
 
 def write_zoo(
@@ -141,7 +160,8 @@ def write_zoo(
     Args:
         folder: Where it shall lie.
         files: Stem -> stacked families ``[f, m, ...]`` and their provenance.
-        rows: Stem -> rows of the task that each member was trained on, ``[f, m, longest]``, padded with -1.
+        rows: Stem -> rows of the task that each member was trained on, ``[f, m, longest]``, padded
+            with -1.
         manifest: Options, program and digest.
 
     Returns:
@@ -150,8 +170,7 @@ def write_zoo(
     Raises:
         ZooError: If the folder exists and holds something else, or cannot be written.
     """
-    if folder.exists() and any(folder.iterdir()) and read_manifest(folder) is None:
-        raise ZooError(f"{folder} is not empty and holds no zoo. Choose another folder with --out.")
+    check_place(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -169,8 +188,9 @@ def write_zoo(
                 "members": members,
                 "provenance": provenance,
             }
-        _write_tensors(temporary / "rows.safetensors", dict(rows))
-        complete = {"format": FORMAT, **manifest, "files": entries}
+        _write_tensors(temporary / ROWS, dict(rows))
+        digest = _sha256(temporary / ROWS)
+        complete = {"format": FORMAT, **manifest, "files": entries, "rows_sha256": digest}
         _write_text(temporary / "manifest.json", json.dumps(complete, sort_keys=True))
         temporary.chmod(0o777 & ~_umask())
         _swap(temporary, folder)
@@ -209,6 +229,20 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _file_name(part: str, members: int) -> str:
+    return f"{part}-k{members}.safetensors"
+
+
+def _load_verified(path: Path, expected: str | None) -> Weights:
+    found = _sha256(path)
+    if expected not in (None, found):  # zoos from before there was a checksum of rows have None
+        raise ZooError(
+            f"{path}: sha256 is {found[:12]}…, the manifest says {expected[:12]}…. Delete the zoo "
+            "and build it again."
+        )
+    return load_file(path)
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Alignment: put the units of all members into one common order of slots.
 
-An alignment takes stacked families, every tensor ``[f, m, ...]``, and a permutation spec, and returns a
-``Permutation`` ``[f, m, n]`` per group. It never changes weights: ``spec.permute`` does.
+An alignment takes stacked families, every tensor ``[f, m, ...]``, and a permutation spec, and
+returns a ``Permutation`` ``[f, m, n]`` per group. It never changes weights: ``spec.permute`` does.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,10 @@
-"""Weight matching for any number of members: each member's units are permuted towards the members' barycentre.
+"""Weight matching for any number of members: units are permuted towards the members' barycentre.
 
-Paper: Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
-arXiv:2209.04836, sections 3.2 (weight matching) and A.10 (MergeMany). We differ in three ways: the search starts at
-the medoid rather than at the first member, so the result does not depend on the members' order; all members are
-matched to the current barycentre at once rather than one by one; and families are matched side by side.
+Paper: Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries",
+ICLR 2023, arXiv:2209.04836, sections 3.2 (weight matching) and A.10 (MergeMany). We differ in three
+ways: the search starts at the medoid rather than at the first member, so the result does not depend
+on the members' order; all members are matched to the current barycentre at once rather than one by
+one; and families are matched side by side.
 """
 
 import torch
@@ -19,8 +20,9 @@ _SKETCH = 16  # columns of the random sketch that compares members before they a
 def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30) -> Permutation:
     """Permute every member's units to bring all members close to their common mean.
 
-    Coordinate descent on ``sum_k ||P_k w_k - centre||^2`` over groups: each step is a linear assignment. First
-    the centre is the medoid, then the mean of the aligned members, until nothing moves.
+    Coordinate descent on ``sum_k ||P_k w_k - centre||^2`` over groups: each step is a linear
+    assignment. First the centre is the medoid, then the mean of the aligned members, until nothing
+    moves.
 
     Args:
         weights: Stacked members of ``f`` families, every tensor ``[f, m, ...]``.
@@ -43,8 +45,8 @@ def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30
 def medoid(weights: Weights, spec: PermutationSpec) -> Tensor:
     """The member that is most like the others, whatever the order of anyone's units.
 
-    Members are compared by ``A^T A R`` for every matrix ``A`` of units by fixed columns (inputs, classes) and a
-    random sketch ``R``: a sum over units, hence blind to their order.
+    Members are compared by ``A^T A R`` for every matrix ``A`` of units by fixed columns (inputs,
+    classes) and a random sketch ``R``: a sum over units, hence blind to their order.
 
     Args:
         weights: Stacked members, every tensor ``[f, m, ...]``.
@@ -110,7 +112,7 @@ def _mean(aligned: Weights) -> Weights:
 def _gain(
     weights: Weights, centre: Weights, spec: PermutationSpec, perm: Permutation, group: str
 ) -> Tensor:
-    """Inner product of every unit of the centre with every unit of every member, ``[f, m, n, n]``."""
+    """Inner product of every unit of the centre and every unit of a member, ``[f, m, n, n]``."""
     gain = 0.0
     for key, axis in spec.touching(group):
         aligned = spec.permute_tensor(key, weights[key], perm, keep=(axis, group))

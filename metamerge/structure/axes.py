@@ -1,8 +1,8 @@
 """Union-find over the axes of a program's tensors, where an axis may be a product of factors.
 
-Flattening a ``(channel, height, width)`` map makes one axis of three factors; the linear layer behind it then has
-weights whose columns carry the channels' permutation in blocks. Two axes that an operator ties together are
-unified factor by factor, and a factor that meets a finer one is split.
+Flattening a ``(channel, height, width)`` map makes one axis of three factors; the linear layer
+behind it then has weights whose columns carry the channels' permutation in blocks. Two axes that an
+operator ties together are unified factor by factor, and a factor that meets a finer one is split.
 """
 
 from dataclasses import dataclass, field
@@ -74,8 +74,8 @@ class Axes:
                 right = [*self._split(b, self.sizes[a]), *right]
             else:
                 raise StructureError(
-                    f"{where} ties an axis of {self.sizes[a]} entries to one of {self.sizes[b]}, and neither "
-                    "divides the other."
+                    f"{where} ties an axis of {self.sizes[a]} entries to one of {self.sizes[b]}, "
+                    "and neither divides the other."
                 )
             left, right = list(self.resolve(tuple(left))), list(self.resolve(tuple(right)))
         if left or right:

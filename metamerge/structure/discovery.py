@@ -1,4 +1,7 @@
-"""Structure discovery: follow every axis through the traced operators, then prove the result by permuting units."""
+"""Structure discovery: follow every axis through the traced operators, then prove the result.
+
+The proof permutes units of random weights and compares outputs; what fails it is refused.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +31,8 @@ def discover(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor) -> Per
         The permutation spec.
 
     Raises:
-        StructureError: If the network cannot be traced, an operator has no rule, or the proof fails.
+        StructureError: If the network cannot be traced, an operator has no rule, or the proof
+            fails.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -83,8 +87,9 @@ def prove(program: Program, spec: PermutationSpec, *, seed: int = 0) -> None:
         if not error < PROOF_TOLERANCE:
             touched = spec.touching(group) if group else list(spec.axes)
             raise StructureError(
-                f"The permutation spec is wrong: permuting {group or 'all groups at once'} changes the output by "
-                f"{error:.1e} (relative), expected below {PROOF_TOLERANCE:.0e}. It touches {touched}."
+                f"The permutation spec is wrong: permuting {group or 'all groups at once'} changes "
+                f"the output by {error:.1e} (relative), expected below {PROOF_TOLERANCE:.0e}. It "
+                f"touches {touched}."
             )
 
 
@@ -103,8 +108,8 @@ def _walk(program: Program) -> tuple[Axes, dict[str, list]]:
         if node.op not in RULES:
             reads = [program.parameters.get(ref, ref) for ref in node.refs]
             raise StructureError(
-                f"Operator aten.{node.op} ({node.name}) has no rule yet; it reads {reads}. Operators that are "
-                f"followed: {', '.join(sorted(RULES))}."
+                f"Operator aten.{node.op} ({node.name}) has no rule yet; it reads {reads}. "
+                f"Operators that are followed: {', '.join(sorted(RULES))}."
             )
         values[node.name] = RULES[node.op](axes, node, values, program.shapes[node.name])
     for axis in values[program.output]:

@@ -1,7 +1,7 @@
 """The weight graph of a network: which layers read which spaces of units and write which.
 
-A space is a permutable group, the network's inputs, or its outputs. Methods that go layer by layer (repair, refit)
-and the learned mergers read a ``Layout`` instead of names of layers.
+A space is a permutable group, the network's inputs, or its outputs. Methods that go layer by layer
+(repair, refit) and the learned mergers read a ``Layout`` instead of names of layers.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,11 @@ class Layer:
         weight: State-dict key of the weight.
         bias: State-dict key of the bias, or None.
         source: Space that its columns read; ``inputs:<node>`` where they are fixed.
-        target: Space that its rows make: a group, ``outputs`` where no layer comes after it, or ``fixed:<node>``.
+        target: Space that its rows make: a group, ``outputs`` where no layer comes after it, or
+            ``fixed:<node>``.
         linear: Whether it is a linear map rather than a convolution.
-        regressable: Whether its weight is a matrix over (patches of) its inputs: linear, or an ungrouped 2-d
-            convolution.
+        regressable: Whether its weight is a matrix over (patches of) its inputs: linear, or an
+            ungrouped 2-d convolution.
     """
 
     node: str
@@ -66,7 +67,8 @@ class Layout:
             The layout.
 
         Raises:
-            StructureError: If a weight is used twice, computed, or joins several groups on one axis.
+            StructureError: If a weight is used twice, computed, or joins several groups on one
+                axis.
         """
         calls = [node for node in program.nodes if node.op in LAYERS]
         hidden = _hidden(program)
@@ -93,7 +95,7 @@ class Layout:
 
     @cached_property
     def running_means(self) -> dict[str, str]:
-        """Node of a layer that only a batch normalisation reads -> key of that one's running mean."""
+        """Node of a layer that only a batch normalisation reads -> key of its running mean."""
         readers: dict[str, list[Node]] = {}
         for node in self.program.nodes:
             for name in node.refs:
@@ -125,7 +127,7 @@ class Layout:
         Returns:
             ``[*batch, rows, columns, rest]``.
         """
-        rows, columns, _ = self._matrix_shape(layer)
+        rows, _, _ = self._matrix_shape(layer)
         lead = weight.ndim - len(self.spec.axes[layer.weight])
         if layer.reads_inputs:
             return weight[..., None].flatten(lead + 2)

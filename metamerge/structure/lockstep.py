@@ -1,8 +1,9 @@
 """The lockstep interpreter: one program, many networks, one batched operator call per node.
 
-Values are ``Lane``s: a tensor that is shared by all networks, or stacked with a leading axis ``n`` of networks.
-Operators with a fast batched form have it in ``BATCHED``; every other one is mapped over the networks by
-``torch.vmap``. A value is freed after its last use, so memory is that of the widest cut through the graph.
+Values are ``Lane``s: a tensor that is shared by all networks, or stacked with a leading axis ``n``
+of networks. Operators with a fast batched form have it in ``BATCHED``; every other one is mapped
+over the networks by ``torch.vmap``. A value is freed after its last use, so memory is that of the
+widest cut through the graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from metamerge.weights import Weights
 
 
 class Lane(NamedTuple):
-    """A value of the interpreter: ``[n, ...]`` where stacked, ``[...]`` where all networks share it."""
+    """A value of the interpreter: ``[n, ...]`` where stacked, ``[...]`` where it is shared."""
 
     value: Any
     stacked: bool
@@ -54,8 +55,8 @@ def run(
 class Execution:
     """One pass through a program, a node at a time.
 
-    ``weights`` is read when a node needs it, so a caller may fill it while the pass goes on: this is how refit
-    computes a layer from the inputs that the layers before it produce.
+    ``weights`` is read when a node needs it, so a caller may fill it while the pass goes on: this
+    is how refit computes a layer from the inputs that the layers before it produce.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ def _conv2d(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor |
     x, weight, bias, stride, padding, dilation, groups = _convolution_arguments(args)
     if not weight.stacked or groups != 1 or isinstance(padding, str):
         return None
-    n, out, fan_in, *kernel = weight.value.shape
+    n, _, _, *kernel = weight.value.shape
     maps = x.value.flatten(0, 1) if x.stacked else x.value
     patches = F.unfold(maps, kernel, dilation, padding, stride)  # [n*b or b, c*kh*kw, l]
     flat = weight.value.flatten(2)  # [n, o, c*kh*kw]

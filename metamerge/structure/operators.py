@@ -1,7 +1,8 @@
 """What each operator does to axes: one readable rule per kind, and the table that names them.
 
-A rule takes ``(axes, node, values)``, where ``values[name]`` lists the axes of a value, ties what the operator ties,
-and returns the axes of the output. An operator without a rule is refused by name: nothing is guessed.
+A rule takes ``(axes, node, values, shape)``, where ``values[name]`` lists the axes of a value and
+``shape`` is that of the output, ties what the operator ties, and returns the axes of the output. An
+operator without a rule is refused by name: nothing is guessed.
 """
 
 from collections.abc import Callable
@@ -19,27 +20,24 @@ LAYERS = LINEAR | CONVOLUTIONS
 """Operators with a weight whose rows make units and whose columns read units."""
 
 ELEMENTWISE = {
-    f"{name}.default"
-    for name in (
-        "relu gelu tanh sigmoid silu elu leaky_relu softplus hardtanh hardswish selu mish relu6 exp sin cos abs "
-        "neg sqrt rsqrt square dropout clone contiguous detach alias"
-    ).split()
-} | {
-    "pow.Tensor_Scalar",
-    "to.dtype",
-    "softmax.int",
-    "log_softmax.int",
-    "add.Scalar",
-    "mul.Scalar",
-    "clamp.default",
+    *("relu.default", "relu6.default", "leaky_relu.default", "elu.default", "selu.default"),
+    *("gelu.default", "silu.default", "mish.default", "hardswish.default", "softplus.default"),
+    *("tanh.default", "hardtanh.default", "sigmoid.default", "softmax.int", "log_softmax.int"),
+    *("exp.default", "sin.default", "cos.default", "abs.default", "neg.default", "sqrt.default"),
+    *("rsqrt.default", "square.default", "pow.Tensor_Scalar", "clamp.default"),
+    *("add.Scalar", "mul.Scalar"),
+    *("dropout.default", "clone.default", "contiguous.default", "detach.default"),
+    *("alias.default", "to.dtype"),
 }
-BINARY = {f"{name}.Tensor" for name in "add sub mul div maximum minimum".split()}
+BINARY = {
+    *("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"),
+    *("maximum.default", "minimum.default"),
+}
 SPATIAL = {
-    f"{name}.default"
-    for name in (
-        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d adaptive_max_pool2d pad constant_pad_nd"
-    ).split()
+    *("max_pool1d.default", "max_pool2d.default", "max_pool3d.default"),
+    *("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default"),
+    *("adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "adaptive_avg_pool3d.default"),
+    *("adaptive_max_pool2d.default", "pad.default", "constant_pad_nd.default"),
 }
 RESHAPES = {"flatten.using_ints", "view.default", "reshape.default", "_unsafe_view.default"}
 
@@ -70,8 +68,8 @@ def convolution(axes: Axes, node: Node, values: Values, shape: tuple) -> list[Ax
         axes.unify(x[1], weight[0], node.name)
     else:
         raise StructureError(
-            f"{node.name}: a convolution in {groups} groups of several channels is not followed yet; depthwise and "
-            "ungrouped ones are."
+            f"{node.name}: a convolution in {groups} groups of several channels is not followed "
+            "yet; depthwise and ungrouped ones are."
         )
     if node.argument(2) is not None:
         axes.unify(_axes_of(node, 2, values)[0], weight[0], node.name)

@@ -1,8 +1,8 @@
-"""A network as data: the operators that ``torch.export`` saw, with named tensors and no Python behind them.
+"""A network as data: the operators that ``torch.export`` saw, and named tensors; no Python behind.
 
-The program is what every other room reads instead of a module: structure discovery walks it, the lockstep
-interpreter runs it for many networks at once, and a zoo stores it as JSON so that its checkpoints can be merged
-without the code that made them.
+The program is what every other room reads instead of a module: structure discovery walks it, the
+lockstep interpreter runs it for many networks at once, and a zoo stores it as JSON so that its
+checkpoints can be merged without the code that made them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,8 @@ class Program:
     """A traced network.
 
     Attributes:
-        parameters: Value name -> key in the state dict, for every parameter and buffer that is used.
+        parameters: Value name -> key in the state dict, for every parameter and buffer that is
+            used.
         inputs: Names of the input values, in call order.
         nodes: Operator calls in execution order.
         output: Name of the (single) output value.
@@ -97,8 +98,8 @@ class Program:
         for value, key in self.parameters.items():
             if key not in weights:
                 raise StructureError(
-                    f"{name}: tensor {key!r} is missing; the network reads {sorted(self.parameters.values())}. "
-                    "Pass the model these weights belong to."
+                    f"{name}: tensor {key!r} is missing; the network reads "
+                    f"{sorted(self.parameters.values())}. Pass the model these weights belong to."
                 )
             if tuple(weights[key].shape) != self.shapes[value]:
                 raise StructureError(
@@ -181,8 +182,8 @@ def trace(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor) -> Progra
     except Exception as error:
         raise StructureError(
             f"{type(model).__name__} cannot be traced by torch.export on inputs of shape "
-            f"{[tuple(x.shape) for x in inputs]}: {error}. Check the shape of the example input, and keep "
-            "control flow that depends on values out of forward()."
+            f"{[tuple(x.shape) for x in inputs]}: {error}. Check the shape of the example input, "
+            "and keep control flow that depends on values out of forward()."
         ) from error
     finally:
         for module, training in modes.items():
@@ -194,8 +195,8 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
     signature = exported.graph_signature
     if len(signature.user_outputs) != 1:
         raise StructureError(
-            f"{type(model).__name__} returns {len(signature.user_outputs)} tensors; wrap it in a module that "
-            "returns the one to be judged."
+            f"{type(model).__name__} returns {len(signature.user_outputs)} tensors; wrap it in a "
+            "module that returns the one to be judged."
         )
     parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     graph = list(exported.graph.nodes)
@@ -206,8 +207,8 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
     missing = set(used.values()) - set(state)
     if missing:
         raise StructureError(
-            f"{type(model).__name__} computes with {sorted(missing)}, which its state dict does not hold; "
-            "register them as persistent buffers."
+            f"{type(model).__name__} computes with {sorted(missing)}, which its state dict does "
+            "not hold; register them as persistent buffers."
         )
     nodes, renamed = _nodes(graph)
     return Program(
@@ -226,7 +227,7 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
 
 
 def _nodes(graph: Sequence[torch.fx.Node]) -> tuple[tuple[Node, ...], dict[str, str]]:
-    """The operator calls, those in place (``relu_``) replaced by pure ones whose result later calls read."""
+    """The operator calls; those in place (``relu_``) become pure, later calls read the result."""
     renamed: dict[str, str] = {}
     nodes = []
     for n in graph:
@@ -255,7 +256,8 @@ def _op_name(target: Any) -> str:
     name = str(target)
     if not name.startswith("aten."):
         raise StructureError(
-            f"Operator {name} is not one of torch's own (aten); rewrite that part of forward() with tensor methods."
+            f"Operator {name} is not one of torch's own (aten); rewrite that part of forward() "
+            "with tensor methods."
         )
     return name.removeprefix("aten.")
 

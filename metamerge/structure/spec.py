@@ -1,4 +1,4 @@
-"""The permutation spec: which axes of which tensors must be permuted together, and the permutations themselves."""
+"""The permutation spec, which axes of which tensors are permuted together, and permutations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from metamerge.errors import IncompatibleWeights, Unreadable
 from metamerge.weights import Weights
 
 Permutation = dict[str, Tensor]
-"""Group -> index tensor ``[..., n]``; said once for the whole package: ``aligned[i] = w[perm[i]]``."""
+"""Group -> index tensor ``[..., n]``; once for the whole package: ``aligned[i] = w[perm[i]]``."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of an axis: ``size`` entries, permuted as ``group``, or fixed where ``group`` is None."""
+    """A factor of an axis: ``size`` entries, permuted as ``group``; fixed where that is None."""
 
     group: str | None
     size: int
@@ -31,7 +31,8 @@ class PermutationSpec:
 
     Attributes:
         groups: Group -> number of units ``n``; a group is a hidden space of the network.
-        axes: State-dict key -> axis -> factors, outermost first. Tensors without an entry are never permuted.
+        axes: State-dict key -> axis -> factors, outermost first. Tensors without an entry are never
+            permuted.
         fixed: Reason -> number of axes that stay in place for it.
     """
 
@@ -143,8 +144,8 @@ class PermutationSpec:
             found = tuple(weights[key].shape) if key in weights else "nothing"
             if found != expected:
                 raise IncompatibleWeights(
-                    f"{name}: {key!r} has shape {found}, the permutation spec expects {expected}. Use the spec of "
-                    "the network that these weights belong to."
+                    f"{name}: {key!r} has shape {found}, the permutation spec expects {expected}. "
+                    "Use the spec of the network that these weights belong to."
                 )
 
     @property
@@ -209,7 +210,7 @@ def _axis_index(factors: Sequence[Factor], perm: Permutation, skip: str | None) 
 
 
 def _take(tensor: Tensor, index: Tensor, axis: int) -> Tensor:
-    """``tensor[..., index, ...]`` along ``axis``, for every index of the leading axes of ``index``."""
+    """``tensor[..., index, ...]`` along ``axis``, for every leading index of ``index``."""
     if index.ndim == 1:
         return tensor.index_select(axis, index.to(tensor.device))
     lead = index.ndim - 1
