@@ -1,12 +1,11 @@
 """Compare a merger with everything else: ``python -m evaluation.compare``.
 
-Test families and test images appear here and nowhere else. Every way of getting one network from a family's members is
-scored beside its controls; the table goes to the terminal, to ``leaderboard.json`` and, row by row, to MLflow.
+Test families and test images appear here and nowhere else. Every way of getting one network from a
+family's members is scored beside its controls; the table goes to the terminal, to
+``leaderboard.json`` and, row by row, to MLflow.
 """
 
 import copy
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 from evaluation import controls
 from evaluation.gates import collapse_gates
 from evaluation.metrics import accuracy
 from evaluation.plots import leaderboard_figure
+from evaluation.report import MERGER, Scored, differences, print_leaderboard, write_leaderboard
 from evaluation.tracking import track
 from metamerge.api import merge
 from metamerge.checkpoints import Checkpoint
@@ -32,20 +31,18 @@ from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import GNNMerger, load_merger, read_card
 from metamerge.weights import Weights, stack, unstack
 from zoo import architectures
-from zoo.build import ZooOptions, build_with_progress, options_of, split_of
+from zoo.build import build_with_progress, options_from, split_of
 from zoo.options import parse
-from zoo.store import Zoo, load_zoo
 from zoo.parts import TaskSplit
+from zoo.store import Zoo, load_zoo
 from zoo.training import predict
 
 SCRATCH_SEED = 2_000_000_011  # inits of controls: beyond those of any zoo
-MERGER = "gnn"
-AGAINST = ("best member", "average, aligned", "soft-vote ensemble", "distilled from best member")
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Compare a trained merger with averages, ensembles, distillation and training on the same images."""
+    """Compare a trained merger with averages, ensembles, distillation and plain training."""
 
     merger: str = "runs/merger"  # folder of the trained merger
     zoo: str | None = None  # folder of the zoo; the merger's own if not given
@@ -56,40 +53,13 @@ class CompareOptions:
     experiment: str = "metamerge"  # name of the MLflow experiment
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One way of getting predictions, scored on all test families of one size."""
-
-    method: str
-    members: int
-    data: str
-    accuracies: Tensor  # [f]
-    seconds: float
-    parameters: int
-    control: bool
-
-    def row(self) -> dict[str, Any]:
-        """The row of ``leaderboard.json``."""
-        spread = self.accuracies.std(correction=1) if len(self.accuracies) > 1 else torch.tensor(0.0)
-        return {
-            "method": self.method,
-            "members": self.members,
-            "data": self.data,
-            "accuracy_mean": round(float(self.accuracies.mean()), 6),
-            "accuracy_std": round(float(spread), 6),
-            "accuracy_worst": round(float(self.accuracies.min()), 6),
-            "families": len(self.accuracies),
-            "seconds": round(self.seconds, 6),
-            "parameters": self.parameters,
-            "control": self.control,
-        }
-
-
 class Bench:
     """Everything that is needed to score one size of family."""
 
-    def __init__(self, zoo: Zoo, split: TaskSplit, members: int, merger: GNNMerger, seed: int) -> None:
-        self.layout, self.options, self.members = zoo.layout, options_of(zoo), members
+    def __init__(
+        self, zoo: Zoo, split: TaskSplit, members: int, merger: GNNMerger, seed: int
+    ) -> None:
+        self.layout, self.options, self.members = zoo.layout, options_from(zoo.options), members
         self.zoo, self.split, self.merger, self.seed = zoo, split, merger, seed
         self.families = zoo.families("test", members)  # [f, m, ...]
         self.count = next(iter(self.families.values())).shape[0]
@@ -103,7 +73,10 @@ class Bench:
         """A fresh network of the families' architecture."""
         task = self.split.task
         return architectures.build(
-            self.options.architecture, task.inputs.shape[1:], task.classes, widths=self.options.widths
+            self.options.architecture,
+            task.inputs.shape[1:],
+            task.classes,
+            widths=self.options.widths,
         )
 
     def _checkpoints(self, family: int) -> list[Checkpoint]:
@@ -139,8 +112,13 @@ class Bench:
         names = {"soft_vote": "soft-vote ensemble", "majority_vote": "majority-vote ensemble"}
         return [
             Scored(
-                names[key], self.members, "none", (classes == targets).float().mean(1), seconds,
-                self.members * self.parameters, True,
+                names[key],
+                self.members,
+                "none",
+                (classes == targets).float().mean(1),
+                seconds,
+                self.members * self.parameters,
+                True,
             )
             for key, classes in chosen.items()
         ]
@@ -162,7 +140,11 @@ def methods(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
     table: list[tuple[str, str, dict[str, Any]]] = [
         (MERGER, "none", {"method": "gnn", "merger": bench.merger}),
         (f"{MERGER}, no residual, no prior", "none", {"method": "gnn", "merger": bare}),
-        (f"{MERGER}, calibrated", u, {"method": "gnn", "merger": bench.merger, "batches": unlabelled}),
+        (
+            f"{MERGER}, calibrated",
+            u,
+            {"method": "gnn", "merger": bench.merger, "batches": unlabelled},
+        ),
         ("average", "none", plain),
         ("average, aligned", "none", aligned),
         ("average, aligned + repair", u, {**aligned, "correct": "repair", "batches": unlabelled}),
@@ -179,7 +161,9 @@ def methods(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
         bench.timed,
         f"{MERGER}, then fine-tuned",
         lab,
-        lambda: controls.fine_tuned(bench.merge(method="gnn", merger=bench.merger), bench.layout, bench.budget)[0],
+        lambda: controls.fine_tuned(
+            bench.merge(method="gnn", merger=bench.merger), bench.layout, bench.budget
+        )[0],
         control=False,
     )
 
@@ -196,13 +180,23 @@ def control_calls(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
 
     yield bench.voted
     yield timed("best member", lab, lambda: controls.best_members(families, layout, budget))
-    yield timed("distilled from best member", u, lambda: controls.distilled(best, families, layout, budget)[0])
     yield timed(
-        "distilled from aligned average", u, lambda: controls.distilled(average, families, layout, budget)[0]
+        "distilled from best member",
+        u,
+        lambda: controls.distilled(best, families, layout, budget)[0],
     )
-    yield timed("best member, fine-tuned", lab, lambda: controls.fine_tuned(best, layout, budget)[0])
     yield timed(
-        "trained from scratch", lab, lambda: controls.from_scratch(bench.network, seeds, layout, budget)[0]
+        "distilled from aligned average",
+        u,
+        lambda: controls.distilled(average, families, layout, budget)[0],
+    )
+    yield timed(
+        "best member, fine-tuned", lab, lambda: controls.fine_tuned(best, layout, budget)[0]
+    )
+    yield timed(
+        "trained from scratch",
+        lab,
+        lambda: controls.from_scratch(bench.network, seeds, layout, budget)[0],
     )
     yield timed(
         "trained on all segments (ceiling)",
@@ -238,8 +232,10 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
     sizes = options.members or zoo.sizes
     unknown = sorted(set(sizes) - set(zoo.sizes))
     if unknown:
-        raise ConfigError(f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}.")
-    split = split_of(options_of(zoo))
+        raise ConfigError(
+            f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}."
+        )
+    split = split_of(options_from(zoo.options))
     with track(
         f"compare {zoo.manifest['task']['name']}",
         options={**asdict(options), "zoo_digest": zoo.digest},
@@ -257,8 +253,11 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
         scored.sort(key=lambda s: -float(s.accuracies.mean()))
         rows = [s.row() for s in scored]
         meta = _meta(options, zoo, split, card, scored, gates)
-        out = _write(Path(options.out), rows, meta)
-        figure = leaderboard_figure(rows, title=f"{zoo.manifest['task']['name']}: accuracy on test images")
+        out = Path(options.out)
+        write_leaderboard(out, rows, meta)
+        figure = leaderboard_figure(
+            rows, title=f"{zoo.manifest['task']['name']}: accuracy on test images"
+        )
         figure.savefig(out / "leaderboard.png", dpi=150)
         for row in rows:
             named = {k: row[k] for k in ("method", "members", "data", "control")}
@@ -267,16 +266,17 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
         tracked.metrics(_summary(rows))
         for name in ("leaderboard.json", "leaderboard.meta.json", "leaderboard.png"):
             tracked.artifact(out / name)
-    _print(console, rows, meta, sizes)
-    console.print(f"[bold]compare[/] {out}/leaderboard.json, leaderboard.meta.json, leaderboard.png")
+    print_leaderboard(console, rows, meta, sizes)
+    console.print(
+        f"[bold]compare[/] {out}/leaderboard.json, leaderboard.meta.json, leaderboard.png"
+    )
     return rows
 
 
 def _zoo(options: CompareOptions, card: dict[str, Any], console: Console) -> Zoo:
     if options.zoo:
         return load_zoo(options.zoo)
-    told = card["zoo"]["options"]
-    return build_with_progress(ZooOptions(**told), console)
+    return build_with_progress(options_from(card["zoo"]["options"]), console)
 
 
 def _without_residual(merger: GNNMerger) -> GNNMerger:
@@ -311,32 +311,24 @@ def _meta(
     return {
         "task": zoo.manifest["task"],
         "zoo": {"folder": str(zoo.folder), "digest": zoo.digest, "options": zoo.options},
-        "images": {part: len(split.rows(part)) for part in ("segments", "objective", "validation", "test")},
-        "seeds": {"zoo": zoo.options["seed"], "merger": card["options"]["seed"], "compare": options.seed},
+        "images": {
+            part: len(split.rows(part)) for part in ("segments", "objective", "validation", "test")
+        },
+        "seeds": {
+            "zoo": zoo.options["seed"],
+            "merger": card["options"]["seed"],
+            "compare": options.seed,
+        },
         "merger": {"folder": options.merger, "card": card},
         "protocol": {
-            "data": "what a method used at merge time; the merger was trained once, before, on the labelled "
-            "objective images, and saw none of the test families",
-            "controls": f"learning rate from {controls.RATES} chosen on validation images, then trained on "
-            "objective and validation images together",
+            "data": "what a method used at merge time; the merger was trained once, before, on the "
+            "labelled objective images, and saw none of the test families",
+            "controls": f"learning rate from {controls.RATES} chosen on validation images, then "
+            "trained on objective and validation images together",
         },
-        "differences": _differences(scored),
+        "differences": differences(scored),
         "gates": gates,
     }
-
-
-def _differences(scored: Sequence[Scored]) -> list[dict[str, Any]]:
-    """The merger against its rivals, paired over families, with a 95 % interval of the mean difference."""
-    found = {(s.method, s.members): s.accuracies for s in scored}
-    rows = []
-    for size in sorted({s.members for s in scored}):
-        for rival in AGAINST:
-            gaps = found[MERGER, size] - found[rival, size]
-            half = 1.96 * float(gaps.std(correction=1)) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-            rows.append(
-                {"members": size, "against": rival, "difference": float(gaps.mean()), "half_width": half}
-            )
-    return rows
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -348,62 +340,12 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _write(out: Path, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in (("leaderboard.json", rows), ("leaderboard.meta.json", meta)):
-        partial = out / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, out / name)
-    return out
-
-
 @contextmanager
 def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
         task = bar.add_task("compare", total=total)
         yield lambda: bar.advance(task)
-
-
-def _print(console: Console, rows: list[dict[str, Any]], meta: dict[str, Any], sizes: Sequence[int]) -> None:
-    by_method: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        by_method.setdefault(row["method"], {})[row["members"]] = row
-    largest = max(sizes)
-    order = sorted(by_method, key=lambda m: -by_method[m].get(largest, {"accuracy_mean": 0})["accuracy_mean"])
-    families = rows[0]["families"]
-    table = Table(
-        title=f"{meta['task']['name']}: test accuracy in %, mean ± std over {families} families",
-        caption=f"Controls in italics; images: what is needed at merge time; worst family and seconds: K={largest}.",
-    )
-    table.add_column("method", no_wrap=True)
-    table.add_column("images", no_wrap=True)
-    for size in sizes:
-        table.add_column(f"K={size}", justify="right", no_wrap=True)
-    table.add_column("worst", justify="right", no_wrap=True)
-    table.add_column("s", justify="right", no_wrap=True)
-    for method in order:
-        own = by_method[method]
-        one = next(iter(own.values()))
-        style = "italic" if one["control"] else "bold" if method == MERGER else None
-        last = own.get(largest)
-        worst, seconds = (f"{100 * last['accuracy_worst']:.1f}", f"{last['seconds']:.2f}") if last else ("", "")
-        cells = [_cell(own.get(size)) for size in sizes]
-        table.add_row(method, one["data"], *cells, worst, seconds, style=style)
-    console.print(table)
-    for entry in meta["differences"]:
-        console.print(
-            f"K={entry['members']}: {MERGER} minus {entry['against']}: "
-            f"{100 * entry['difference']:+.1f} ± {100 * entry['half_width']:.1f} points"
-        )
-    failed = [f"{k} {g['name']}" for k, gates in meta["gates"].items() for g in gates if not g["passed"]]
-    console.print(f"[bold]gates[/] {'FAILED: ' + ', '.join(failed) if failed else 'all passed'}")
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_std']:.1f}"
 
 
 def terminal() -> Console:

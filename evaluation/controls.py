@@ -20,6 +20,7 @@ from metamerge.weights import Weights
 from zoo.training import Loss, cross_entropy, distillation, init_networks, predict, train_networks
 
 RATES = (1e-3, 3e-3, 1e-2)
+MANY = 2000  # images from which on controls take larger batches
 SCRATCH_EPOCHS = 60
 TUNE_EPOCHS = 30
 
@@ -189,7 +190,15 @@ def _trained(
     def train(part: str, lr: float) -> Weights:
         rows = [budget.rows(part)] * count
         return train_networks(
-            layout.program, start, inputs, targets, rows, epochs=epochs, lr=lr, loss=loss
+            layout.program,
+            start,
+            inputs,
+            targets,
+            rows,
+            epochs=epochs,
+            batch_size=32 if len(inputs) < MANY else 128,
+            lr=lr,
+            loss=loss,
         )
 
     def score(lr: float) -> float:

@@ -53,25 +53,3 @@ def references(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "mean_member": members.mean(1),
         "ensemble": accuracy(logits.softmax(-1).mean(1), targets),
     }
-
-
-def shifted(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to ``pixels`` in both directions, zeros coming in at the border.
-
-    Args:
-        images: ``[b, channels, height, width]``.
-        pixels: Largest shift; 0 returns the images.
-        generator: Source of randomness.
-
-    Returns:
-        ``[b, channels, height, width]``.
-    """
-    if pixels == 0:
-        return images
-    count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, [pixels] * 4)
-    offsets = torch.randint(2 * pixels + 1, (2, count, 1, 1), generator=generator)
-    rows = offsets[0] + torch.arange(height)[:, None]
-    columns = offsets[1] + torch.arange(width)
-    picked = padded[torch.arange(count)[:, None, None], :, rows, columns]  # [b, h, w, channels]
-    return picked.movedim(-1, 1)

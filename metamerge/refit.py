@@ -133,6 +133,9 @@ def construct(
                 wanted = before + target.strength * (target.value.mean(1) - before)
                 fitted[mean_key] = fitted[mean_key] + reached - wanted
         execution.step(node)
+    for alias, key in layout.program.tied.items():
+        if alias in fitted:
+            fitted[alias] = fitted[key]
     return fitted
 
 

@@ -1,8 +1,9 @@
 """Train a merger: `accelerate launch trainers/merger.py`, read from top to bottom.
 
-A zoo of checkpoint families is opened (or built), its members are aligned once, and a graph-network merger learns to emit
-fused weights that score above each family's threshold on objective images. No member has seen those images, no
-training sees a test image, and validation families share neither segments nor inits with training families.
+A zoo of checkpoint families is opened (or built), its members are aligned once, and a graph-network
+merger learns to emit fused weights that score above each family's threshold on objective images. No
+member has seen those images, no training sees a test image, and validation families share neither
+segments nor inits with training families.
 """
 
 import json
@@ -22,9 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from evaluation.gates import collapse_gates
-from evaluation.metrics import accuracy, family_logits, references
+from evaluation.metrics import accuracy
 from evaluation.tracking import Run, track
-from metamerge.alignment import weight_matching
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import (
     GNNConfig,
@@ -35,12 +35,12 @@ from metamerge.mergers import (
     wilson_lower_bound,
 )
 from metamerge.structure import Layout, run
-from metamerge.weights import Weights
+from trainers.families import Families, load_families
 from trainers.resume import load_state, optimizer_tensors, restore_optimizer, save_state
-from zoo.build import ZooOptions, build_with_progress, options_of, split_of
+from zoo.build import ZooOptions, build_with_progress, options_from, split_of
 from zoo.options import parse
-from zoo.store import Zoo, load_zoo
 from zoo.parts import TaskSplit
+from zoo.store import Zoo, load_zoo
 
 PLACES = ("out", "tracking", "experiment", "save_every")  # options that do not shape the result
 
@@ -79,45 +79,24 @@ class MergerOptions:
             ConfigError: Naming the option.
         """
         ThresholdObjective(self.reference, self.margin, self.softness)
-        for name in ("probes", "width", "steps", "families", "images", "lr", "eval_every", "save_every"):
+        for name in (
+            "probes",
+            "width",
+            "steps",
+            "families",
+            "images",
+            "lr",
+            "eval_every",
+            "save_every",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if self.prior and self.prior % 2 == 0:
             raise ConfigError(f"prior: expected 0 or an odd number, got {self.prior}.")
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Families:
-    """Aligned families of one size with the accuracy that each must reach."""
-
-    weights: Weights  # [f, m, ...]
-    thresholds: Tensor  # [f]
-
-    def pick(self, rows: Tensor) -> "Families":
-        """A part of the families."""
-        return Families({k: t[rows] for k, t in self.weights.items()}, self.thresholds[rows])
-
-    def __len__(self) -> int:
-        return len(self.thresholds)
-
-
-def load_families(
-    zoo: Zoo, part: str, images: tuple[Tensor, Tensor], objective: ThresholdObjective
-) -> dict[int, Families]:
-    """Families of one part by size, aligned, with thresholds on the given images."""
-    inputs, targets = images
-    found = {}
-    for members in zoo.sizes:
-        raw = zoo.families(part, members)
-        aligned = zoo.layout.spec.permute(raw, weight_matching(raw, zoo.layout.spec))
-        aligned = {key: tensor.to(inputs.device) for key, tensor in aligned.items()}
-        scores = references(family_logits(zoo.layout.program, aligned, inputs), targets)
-        thresholds = objective.thresholds(scores["best_member"], scores["ensemble"])
-        found[members] = Families(aligned, thresholds)
-    return found
+# ----------------------------------------------------------------------------------------------
+# data
 
 
 def make_merger(options: MergerOptions, layout: Layout, images: Tensor) -> GNNMerger:
@@ -138,7 +117,8 @@ def make_merger(options: MergerOptions, layout: Layout, images: Tensor) -> GNNMe
     return GNNMerger(config, probe_start(images.cpu(), options.probes, generator))
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------
+# training
 
 
 def train_step(
@@ -154,8 +134,10 @@ def train_step(
     return objective.loss(logits, images[1], families.thresholds)
 
 
-def draw(step: int, options: MergerOptions, count: int, images: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
-    """Families and images of a step; they depend on seed and step alone, so a resumed run repeats them."""
+def draw(
+    step: int, options: MergerOptions, count: int, images: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Any]:
+    """Families and images of a step, by seed and step alone: a resumed run repeats them."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
     rows = torch.randperm(count, generator=generator)[: options.families]
     inputs, targets = images
@@ -172,7 +154,7 @@ def validate(
     images: tuple[Tensor, Tensor],
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Accuracy of merged validation families and the share above their thresholds; families shared out."""
+    """Accuracy of merged validation families, which the processes share out among them."""
     inputs, targets = images
     scores, above, worst = {}, [], []
     for members, group in families.items():
@@ -201,8 +183,9 @@ def main() -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise SystemExit(
-            f"merger: {launched} processes were launched but accelerate sees {accelerator.num_processes}; every one would "
-            "train alone. On CPUs launch with ACCELERATE_USE_CPU=true, --multi_gpu and --num_processes."
+            f"merger: {launched} processes were launched but accelerate sees "
+            f"{accelerator.num_processes}; every one would train alone. On CPUs launch with "
+            "ACCELERATE_USE_CPU=true, --multi_gpu and --num_processes."
         )
     try:
         train(options, accelerator)
@@ -217,7 +200,7 @@ def train(options: MergerOptions, accelerator: Accelerator) -> None:
     console = Console(quiet=not accelerator.is_main_process)
     with accelerator.main_process_first():
         zoo = load_zoo(options.zoo) if options.zoo else build_with_progress(ZooOptions(), console)
-    split, layout = split_of(options_of(zoo)), zoo.layout
+    split, layout = split_of(options_from(zoo.options)), zoo.layout
     objective = ThresholdObjective(options.reference, options.margin, options.softness)
     with split.training():
         images = on(accelerator, split.images("objective"))
@@ -225,7 +208,9 @@ def train(options: MergerOptions, accelerator: Accelerator) -> None:
         training = load_families(zoo, "train", images, objective)
         validation = load_families(zoo, "validation", held_back, objective)
         merger = make_merger(options, layout, images[0])
-        outcome = fit(options, accelerator, console, zoo, merger, (training, validation), (images, held_back))
+        outcome = fit(
+            options, accelerator, console, zoo, merger, (training, validation), (images, held_back)
+        )
         if accelerator.is_main_process:
             finish(options, console, zoo, outcome, split)
 
@@ -257,7 +242,11 @@ def fit(
         console.print(f"[bold]merger[/] resumed at step {start} of {options.steps}")
     model, optimizer = accelerator.prepare(merger, optimizer)
     seconds = time.perf_counter()
-    record_options = {**asdict(options), "zoo_digest": zoo.digest, "processes": accelerator.num_processes}
+    record_options = {
+        **asdict(options),
+        "zoo_digest": zoo.digest,
+        "processes": accelerator.num_processes,
+    }
     with (
         track(
             f"train {options.out}",
@@ -287,9 +276,9 @@ def fit(
                 best.consider(merger, scores, done, options.target)
                 tracked.metrics({"loss": float(loss.detach()), **scores}, step=done)
                 advance(done, scores)
-            if done % options.save_every == 0 or done == options.steps or best.stopped:
-                if accelerator.is_main_process:
-                    save_state(states, done, *snapshot(merger, optimizer, best, tracked, mark))
+            due = done % options.save_every == 0 or done == options.steps or best.stopped
+            if due and accelerator.is_main_process:
+                save_state(states, done, *snapshot(merger, optimizer, best, tracked, mark))
         best.seconds = time.perf_counter() - seconds
         best.run = tracked.id
     return best
@@ -298,12 +287,16 @@ def fit(
 class Outcome:
     """The best merger so far by validation accuracy, and whether the target was reached."""
 
-    def __init__(self, merger: GNNMerger, scores: dict[str, float], step: int, stopped: bool) -> None:
+    def __init__(
+        self, merger: GNNMerger, scores: dict[str, float], step: int, stopped: bool
+    ) -> None:
         self.merger, self.scores, self.step, self.stopped = merger, scores, step, stopped
         self.weights = {k: v.detach().cpu().clone() for k, v in merger.state_dict().items()}
         self.seconds, self.run = 0.0, None
 
-    def consider(self, merger: GNNMerger, scores: dict[str, float], step: int, target: float) -> None:
+    def consider(
+        self, merger: GNNMerger, scores: dict[str, float], step: int, target: float
+    ) -> None:
         """Keep the merger if it is the best yet; note when the target is reached."""
         if scores["validation_accuracy"] > self.scores.get("validation_accuracy", -1.0):
             self.scores, self.step = scores, step
@@ -331,7 +324,9 @@ def snapshot(
     return tensors, record
 
 
-def finish(options: MergerOptions, console: Console, zoo: Zoo, best: Outcome, split: TaskSplit) -> None:
+def finish(
+    options: MergerOptions, console: Console, zoo: Zoo, best: Outcome, split: TaskSplit
+) -> None:
     """Gates, card and files of the best merger."""
     merger = best.merger.cpu()
     merger.load_state_dict(best.weights)
@@ -353,10 +348,17 @@ def finish(options: MergerOptions, console: Console, zoo: Zoo, best: Outcome, sp
         "stopped_at_target": best.stopped,
         "seconds": round(best.seconds, 1),
         "run": best.run,
-        "gates": {k: [{**asdict(g), "passed": g.passed} for g in found] for k, found in gates.items()},
+        "gates": {
+            k: [{**asdict(g), "passed": g.passed} for g in found] for k, found in gates.items()
+        },
     }
     folder = save_merger(merger, options.out, card)
-    failed = [f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}" for k, f in gates.items() for g in f if not g.passed]
+    failed = [
+        f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}"
+        for k, f in gates.items()
+        for g in f
+        if not g.passed
+    ]
     share = best.scores["share_above_threshold"]
     console.print(
         f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
@@ -367,7 +369,8 @@ def finish(options: MergerOptions, console: Console, zoo: Zoo, best: Outcome, sp
     console.print(f"[bold]gates[/] all {sum(map(len, gates.values()))} passed")
 
 
-# ---------------------------------------------------------------------------------------------- small parts
+# ----------------------------------------------------------------------------------------------
+# small parts
 
 
 def on(accelerator: Accelerator, images: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -381,7 +384,7 @@ def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def parameter_groups(merger: GNNMerger, lr: float) -> list[dict[str, Any]]:
-    """Refit strength and ridge are single numbers and move fast, probes are pixels and move faster than heads."""
+    """Single numbers (refit strength, ridge) learn fastest, then pixels of probes, then heads."""
     fast = [merger.strength, merger.log_ridge]
     named = {id(p) for p in (*fast, merger.probes)}
     return [
@@ -411,7 +414,8 @@ def progress_bar(console: Console, total: int, start: int) -> Iterator[Any]:
         task = bar.add_task("merger", total=total, completed=start, scores="")
 
         def advance(done: int, scores: dict[str, float]) -> None:
-            text = f"accuracy {scores['validation_accuracy']:.3f}, above {scores['share_above_threshold']:.0%}"
+            reached = scores["share_above_threshold"]
+            text = f"accuracy {scores['validation_accuracy']:.3f}, above {reached:.0%}"
             bar.update(task, completed=done, scores=text)
 
         yield advance

@@ -7,7 +7,7 @@ only when an option that shapes it has changed.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -42,7 +42,7 @@ class ZooOptions:
 
     task: str = "digits"  # digits, mnist or fashion-mnist
     data: str | None = None  # folder with the task's files, where it needs some
-    out: str | None = None  # folder of the zoo; zoos/<task>-<digest> if not given
+    out: str | None = None  # folder of the zoo; zoos/<task>, with a digest where options differ
     objective: int = 400  # labelled images kept back for mergers, a quarter of them for validation
     architecture: str = "mlp"  # mlp or cnn
     widths: tuple[int, ...] = (32,)  # units or channels per hidden layer
@@ -102,28 +102,20 @@ class ZooOptions:
     @property
     def folder(self) -> Path:
         """Where the zoo lies."""
-        return Path(self.out or Path("zoos") / f"{self.task}-{self.digest[:8]}")
+        usual = ZooOptions(task=self.task).digest == self.digest
+        return Path(self.out or f"zoos/{self.task}{'' if usual else '-' + self.digest[:8]}")
 
 
-def options_of(zoo: Zoo) -> ZooOptions:
-    """The options that a zoo was built with.
+def options_from(record: Mapping[str, Any]) -> ZooOptions:
+    """Options as a manifest or a card records them.
 
     Args:
-        zoo: The zoo.
+        record: Name -> value, as JSON gives it back.
 
     Returns:
-        Its options.
-
-    Raises:
-        ZooError: If they are not options of this version.
+        The options.
     """
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in zoo.options.items()}
-    try:
-        return ZooOptions(**told)
-    except TypeError as error:
-        raise ZooError(
-            f"{zoo.folder}: was built by another version ({error}). Build the zoo again."
-        ) from error
+    return ZooOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
 
 
 def split_of(options: ZooOptions) -> TaskSplit:

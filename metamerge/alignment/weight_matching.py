@@ -4,8 +4,11 @@ Paper: Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permut
 ICLR 2023, arXiv:2209.04836, sections 3.2 (weight matching) and A.10 (MergeMany). We differ in three
 ways: the search starts at the medoid rather than at the first member, so the result does not depend
 on the members' order; all members are matched to the current barycentre at once rather than one by
-one; and families are matched side by side.
+one; and families are matched side by side. A first pass compares units only by weights whose other
+axes are known by then, so nothing depends on the order in which a member stores its units either.
 """
+
+from collections.abc import Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -38,6 +41,7 @@ def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30
     start = medoid(touched, spec)
     rows = torch.arange(families, device=start.device)
     centre = {key: tensor[rows, start] for key, tensor in touched.items()}
+    perm = _first_pass(touched, spec, perm, centre)
     perm = _descend(touched, spec, perm, sweeps, lambda aligned: centre)
     return _descend(touched, spec, perm, sweeps, _mean)
 
@@ -92,6 +96,43 @@ def matching_cost(weights: Weights, spec: PermutationSpec, perm: Permutation) ->
     return spread / size.clamp_min(1e-300)
 
 
+def _first_pass(
+    weights: Weights, spec: PermutationSpec, perm: Permutation, centre: Weights
+) -> Permutation:
+    """Assign every group once, by the tensors whose other axes keep their place or are known.
+
+    Next is always the group of whose weights the largest share can be compared already, so the pass
+    usually goes from the inputs to the outputs.
+
+    Returns:
+        Group -> ``[f, m, n]``.
+    """
+    known: set[str] = set()
+    while len(known) < len(spec.groups):
+        ready = {
+            group: [place for place in spec.touching(group) if _others(spec, place, group) <= known]
+            for group in spec.groups
+            if group not in known
+        }
+        share = {g: _size(weights, ready[g]) / _size(weights, spec.touching(g)) for g in ready}
+        group = max(share, key=share.__getitem__)
+        places = ready[group] or spec.touching(group)
+        perm = {**perm, group: _assign(_gain(weights, centre, spec, perm, group, places))}
+        known.add(group)
+    return perm
+
+
+def _others(spec: PermutationSpec, place: tuple[str, int], group: str) -> set[str]:
+    """Groups that permute a tensor besides ``group``, which counts if it is there twice."""
+    groups = [f.group for factors in spec.axes[place[0]] for f in factors if f.group]
+    groups.remove(group)
+    return set(groups)
+
+
+def _size(weights: Weights, places: Sequence[tuple[str, int]]) -> int:
+    return sum(weights[key].numel() for key, _ in places)
+
+
 def _descend(
     weights: Weights, spec: PermutationSpec, perm: Permutation, sweeps: int, centre_of
 ) -> Permutation:
@@ -99,7 +140,8 @@ def _descend(
         before = perm
         centre = centre_of(spec.permute(weights, perm))
         for group in spec.groups:
-            perm = {**perm, group: _assign(_gain(weights, centre, spec, perm, group))}
+            places = spec.touching(group)
+            perm = {**perm, group: _assign(_gain(weights, centre, spec, perm, group, places))}
         if all(torch.equal(before[g], perm[g]) for g in perm):
             break
     return perm
@@ -110,11 +152,16 @@ def _mean(aligned: Weights) -> Weights:
 
 
 def _gain(
-    weights: Weights, centre: Weights, spec: PermutationSpec, perm: Permutation, group: str
+    weights: Weights,
+    centre: Weights,
+    spec: PermutationSpec,
+    perm: Permutation,
+    group: str,
+    places: Sequence[tuple[str, int]],
 ) -> Tensor:
     """Inner product of every unit of the centre and every unit of a member, ``[f, m, n, n]``."""
     gain = 0.0
-    for key, axis in spec.touching(group):
+    for key, axis in places:
         aligned = spec.permute_tensor(key, weights[key], perm, keep=(axis, group))
         target = spec.unit_rows(key, axis, group, centre[key])  # [f, n, r]
         units = spec.unit_rows(key, axis, group, aligned)  # [f, m, n, r]

@@ -58,7 +58,7 @@ class Axes:
             The common axis.
 
         Raises:
-            StructureError: If the sizes cannot be matched.
+            StructureError: If the sizes cannot be matched, or one holds the batch and the other not.
         """
         left, right = list(self.resolve(one)), list(self.resolve(other))
         common = []
@@ -66,6 +66,8 @@ class Axes:
             a, b = left.pop(0), right.pop(0)
             if self.sizes[a] == self.sizes[b]:
                 common.append(self._union(a, b))
+            elif BATCH in (self.sizes[a], self.sizes[b]):
+                raise StructureError(f"{where} mixes the batch axis with another.")
             elif self.sizes[a] > self.sizes[b] and self.sizes[a] % self.sizes[b] == 0:
                 left = [*self._split(a, self.sizes[b]), *left]
                 right = [b, *right]

@@ -64,7 +64,8 @@ def prove(program: Program, spec: PermutationSpec, *, seed: int = 0) -> None:
     """Check that permuting any group, and all at once, leaves the outputs as they are.
 
     Random weights in float64 and a relative tolerance of 1e-9 leave no room for luck: a wrong spec
-    changes the output by the order of the output itself.
+    changes the output by the order of the output itself. Alone, a group is permuted in one cycle: no
+    unit stays in place.
 
     Args:
         program: The traced network.
@@ -72,16 +73,18 @@ def prove(program: Program, spec: PermutationSpec, *, seed: int = 0) -> None:
         seed: Seed of weights, inputs and permutations.
 
     Raises:
+        IncompatibleWeights: If the spec is one of another network.
         StructureError: If a group fails; the message names it and every tensor it touches.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = _random_weights(program, generator)
+    spec.check_weights("The traced network", weights)
     inputs = [_random_input(program.shapes[name], generator) for name in program.inputs]
     reference = run(program, weights, inputs)
     for group in (*spec.groups, None):
         perm = spec.random(generator)
         if group is not None:
-            perm = {**spec.identity(), group: perm[group]}
+            perm = {**spec.identity(), group: _cycle(spec.groups[group], generator)}
         moved = run(program, spec.permute(weights, perm), inputs)
         error = float((moved - reference).norm() / reference.norm().clamp_min(1e-300))
         if not error < PROOF_TOLERANCE:
@@ -148,10 +151,16 @@ def _random_weights(program: Program, generator: torch.Generator) -> Weights:
     weights = {}
     for value, key in program.parameters.items():
         shape = program.shapes[value]
-        tensor = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
         fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
         weights[key] = tensor.abs() + 0.5 if key.endswith("running_var") else tensor / fan_in**0.5
-    return weights
+    return {**weights, **{alias: weights[key] for alias, key in program.tied.items()}}
+
+
+def _cycle(count: int, generator: torch.Generator) -> Tensor:
+    """A random permutation in one cycle, which leaves no unit where it is."""
+    order = torch.randperm(count, generator=generator)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
 def _random_input(shape: tuple[int | None, ...], generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ A space is a permutable group, the network's inputs, or its outputs. Methods tha
 (repair, refit) and the learned mergers read a ``Layout`` instead of names of layers.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,15 +68,18 @@ class Layout:
             The layout.
 
         Raises:
-            StructureError: If a weight is used twice, computed, or joins several groups on one
-                axis.
+            StructureError: If a weight or bias is used twice or computed, or a weight joins several
+                groups on one axis.
         """
         calls = [node for node in program.nodes if node.op in LAYERS]
         hidden = _hidden(program)
         layers = tuple(_layer(program, spec, node, node.name in hidden) for node in calls)
-        keys = [layer.weight for layer in layers]
+        keys = [key for layer in layers for key in (layer.weight, layer.bias) if key]
         if len(set(keys)) < len(keys):
-            raise StructureError(f"Some weights are used by several layers: {keys}.")
+            shared = sorted(key for key, uses in Counter(keys).items() if uses > 1)
+            raise StructureError(
+                f"{shared}: used by several layers, which is not supported yet. Give each a copy."
+            )
         return cls(program, spec, layers)
 
     @cached_property

@@ -105,8 +105,10 @@ class Execution:
         return value if stacked or not self.stacked else value[None]
 
     def _lane(self, argument: Any) -> Lane:
+        if isinstance(argument, tuple):
+            return _joined([self._lane(a) for a in argument])
         if not isinstance(argument, Ref):
-            return Lane(self._plain(argument), False)
+            return Lane(argument, False)
         if argument.name in self.values:
             return self.values[argument.name]
         return Lane(self.weights[self.program.parameters[argument.name]], self.stacked)
@@ -134,9 +136,20 @@ def _call(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Lane:
     return Lane(_mapped(op, args, kwargs), True)
 
 
+def _joined(lanes: list[Lane]) -> Lane:
+    """A list of sizes, or of tensors; where one of these is stacked, all are."""
+    stacked = [len(lane.value) for lane in lanes if lane.stacked]
+    if not stacked:
+        return Lane([lane.value for lane in lanes], False)
+    return Lane(
+        [v if own else v.expand(stacked[0], *v.shape) for v, own in lanes],
+        True,
+    )
+
+
 def _mapped(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
     """Any operator, over the networks."""
-    tensors = [i for i, a in enumerate(args) if isinstance(a.value, Tensor)]
+    tensors = [i for i, a in enumerate(args) if a.stacked or isinstance(a.value, Tensor)]
     dims = tuple(0 if args[i].stacked else None for i in tensors)
 
     def call(*given: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def convolution(axes: Axes, node: Node, values: Values, shape: tuple) -> list[Ax
         axes.unify(_axes_of(node, 2, values)[0], weight[0], node.name)
     for tap in weight[2:]:
         axes.fix(tap, "taps of a kernel keep their place")
-    return [x[0], weight[0], *_positions(axes, shape[2:])]
+    return [x[0], weight[0], *_positions(axes, x[2:], shape[2:])]
 
 
 def batch_norm(axes: Axes, node: Node, values: Values, shape: tuple) -> list[Axis]:
@@ -120,13 +120,16 @@ def spatial(axes: Axes, node: Node, values: Values, shape: tuple) -> list[Axis]:
         raise StructureError(
             f"{node.name}: {node.op} changes the channel axis, which is not followed yet."
         )
-    return [*x[:2], *_positions(axes, shape[2:])]
+    return [*x[:2], *_positions(axes, x[2:], shape[2:])]
 
 
 def reshape(axes: Axes, node: Node, values: Values, shape: tuple) -> list[Axis]:
     """Flatten, view and reshape: the factors stay in order and are cut anew."""
     factors = [f for axis in _axes_of(node, 0, values) for f in axes.resolve(axis)]
-    return [axes.take(factors, BATCH if size is None else size, node.name) for size in shape]
+    taken = [axes.take(factors, BATCH if size is None else size, node.name) for size in shape]
+    if factors:
+        raise StructureError(f"{node.name} mixes the batch axis with another.")
+    return taken
 
 
 def mean(axes: Axes, node: Node, values: Values, shape: tuple) -> list[Axis]:
@@ -142,9 +145,10 @@ def _padded(axis: list[Axis], width: int) -> list[Axis]:
     return [()] * (width - len(axis)) + list(axis)
 
 
-def _positions(axes: Axes, sizes: tuple) -> list[Axis]:
+def _positions(axes: Axes, read: list[Axis], sizes: tuple) -> list[Axis]:
+    """New axes of positions; neither they nor those that were read can be permuted."""
     positions = [axes.fresh(BATCH if size is None else size) for size in sizes]
-    for axis in positions:
+    for axis in (*read, *positions):
         axes.fix(axis, "positions keep their place")
     return positions
 
