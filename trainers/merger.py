@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from evaluation.gates import collapse_gates
 from evaluation.metrics import accuracy
-from evaluation.tracking import Run, track
+from evaluation.tracking import track
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import (
     GNNConfig,
@@ -58,8 +58,9 @@ class MergerOptions:
     prior: int = 5  # side of the smoothing prior on first-layer rows; 0 switches it off
     gate: bool = True  # competence gate: which member knows which class
     reference: str = "ensemble"  # the threshold is relative to: ensemble, best_member or absolute
-    margin: float = 0.05  # accuracy above the reference (or the absolute threshold itself)
-    softness: float = 0.02  # accuracy over which a family fades out at its threshold
+    margin: float = 0.0  # accuracy above the reference (or the absolute threshold itself)
+    headroom: float = 0.05  # accuracy beyond its threshold at which a family has faded half
+    softness: float = 0.02  # accuracy over which a family fades out
     target: float = 0.9  # stop when the lower Wilson bound of families above threshold reaches this
     steps: int = 300  # steps at most
     families: int = 16  # families per step, over all processes
@@ -78,21 +79,19 @@ class MergerOptions:
         Raises:
             ConfigError: Naming the option.
         """
-        ThresholdObjective(self.reference, self.margin, self.softness)
-        for name in (
-            "probes",
-            "width",
-            "steps",
-            "families",
-            "images",
-            "lr",
-            "eval_every",
-            "save_every",
-        ):
+        self.objective()
+        for name in ("probes", "width", "steps", "families", "images", "lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if self.prior and self.prior % 2 == 0:
             raise ConfigError(f"prior: expected 0 or an odd number, got {self.prior}.")
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
+    def objective(self) -> ThresholdObjective:
+        """The objective that these options name."""
+        return ThresholdObjective(self.reference, self.margin, self.softness, self.headroom)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def train(options: MergerOptions, accelerator: Accelerator) -> None:
     with accelerator.main_process_first():
         zoo = load_zoo(options.zoo) if options.zoo else build_with_progress(ZooOptions(), console)
     split, layout = split_of(options_from(zoo.options)), zoo.layout
-    objective = ThresholdObjective(options.reference, options.margin, options.softness)
+    objective = options.objective()
     with split.training():
         images = on(accelerator, split.images("objective"))
         held_back = on(accelerator, split.images("validation"))
@@ -226,43 +225,32 @@ def fit(
 ) -> "Outcome":
     """The loop: until the Wilson bound reaches the target, or the steps are used up."""
     (training, validation), layout = families, zoo.layout
-    objective = ThresholdObjective(options.reference, options.margin, options.softness)
+    world, objective = accelerator.num_processes, options.objective()
+    if options.families < world:
+        raise ConfigError(f"families: expected one per process ({world}), got {options.families}.")
     states, mark = Path(f"{options.out}.state"), fingerprint(options, zoo)
     optimizer = torch.optim.AdamW(parameter_groups(merger, options.lr), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    state = load_state(states, mark)
-    start, best, run_id = 0, Outcome(merger, {}, 0, False), None
-    if state is not None:
-        tensors, record = state
-        start, run_id = record["step"], record["run"]
-        merger.load_state_dict(part_of(tensors, "merger."))
-        restore_optimizer(optimizer, merger, tensors)
-        best = Outcome(merger, record["best_scores"], record["best_step"], record["stopped"])
-        best.weights = part_of(tensors, "best.")
+    start, best = restore(merger, optimizer, load_state(states, mark))
+    if start:
         console.print(f"[bold]merger[/] resumed at step {start} of {options.steps}")
     model, optimizer = accelerator.prepare(merger, optimizer)
-    seconds = time.perf_counter()
-    record_options = {
-        **asdict(options),
-        "zoo_digest": zoo.digest,
-        "processes": accelerator.num_processes,
-    }
-    with (
-        track(
-            f"train {options.out}",
-            options=record_options,
-            experiment=options.experiment,
-            resume=run_id,
-            enabled=options.tracking and accelerator.is_main_process,
-        ) as tracked,
-        progress_bar(console, options.steps, start) as advance,
-    ):
+    clock = time.perf_counter() - best.seconds
+    tracking = track(
+        f"train {options.out}",
+        options={**asdict(options), "zoo_digest": zoo.digest, "processes": world},
+        experiment=options.experiment,
+        resume=best.run,
+        enabled=options.tracking and accelerator.is_main_process,
+    )
+    with tracking as tracked, progress_bar(console, options.steps, start) as advance:
+        best.run = tracked.id
         for step in range(start, options.steps):
             if best.stopped:
                 break
             size = zoo.sizes[step % len(zoo.sizes)]
             rows, batch = draw(step, options, len(training[size]), images[0])
-            own = rows[accelerator.process_index :: accelerator.num_processes]
+            own = rows[accelerator.process_index :: world]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / options.steps)
             loss, _ = train_step(model, layout, training[size].pick(own), batch, objective)
@@ -276,11 +264,10 @@ def fit(
                 best.consider(merger, scores, done, options.target)
                 tracked.metrics({"loss": float(loss.detach()), **scores}, step=done)
                 advance(done, scores)
+            best.seconds = time.perf_counter() - clock
             due = done % options.save_every == 0 or done == options.steps or best.stopped
             if due and accelerator.is_main_process:
-                save_state(states, done, *snapshot(merger, optimizer, best, tracked, mark))
-        best.seconds = time.perf_counter() - seconds
-        best.run = tracked.id
+                save_state(states, done, *snapshot(merger, optimizer, best, mark))
     return best
 
 
@@ -292,7 +279,8 @@ class Outcome:
     ) -> None:
         self.merger, self.scores, self.step, self.stopped = merger, scores, step, stopped
         self.weights = {k: v.detach().cpu().clone() for k, v in merger.state_dict().items()}
-        self.seconds, self.run = 0.0, None
+        self.seconds: float = 0.0
+        self.run: str | None = None
 
     def consider(
         self, merger: GNNMerger, scores: dict[str, float], step: int, target: float
@@ -306,7 +294,7 @@ class Outcome:
 
 
 def snapshot(
-    merger: GNNMerger, optimizer: Any, best: Outcome, tracked: Run, mark: str
+    merger: GNNMerger, optimizer: Any, best: Outcome, mark: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that a resumed run needs."""
     tensors = {
@@ -319,9 +307,23 @@ def snapshot(
         "best_scores": best.scores,
         "best_step": best.step,
         "stopped": best.stopped,
-        "run": tracked.id,
+        "seconds": best.seconds,
+        "run": best.run,
     }
     return tensors, record
+
+
+def restore(merger: GNNMerger, optimizer: torch.optim.Optimizer, state: Any) -> tuple[int, Outcome]:
+    """Put back what ``snapshot`` took, if there is anything; the step to go on from."""
+    if state is None:
+        return 0, Outcome(merger, {}, 0, False)
+    tensors, record = state
+    merger.load_state_dict(part_of(tensors, "merger."))
+    restore_optimizer(optimizer, merger, tensors)
+    best = Outcome(merger, record["best_scores"], record["best_step"], record["stopped"])
+    best.weights = part_of(tensors, "best.")
+    best.seconds, best.run = record["seconds"], record["run"]
+    return record["step"], best
 
 
 def finish(

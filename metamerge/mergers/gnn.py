@@ -66,7 +66,7 @@ class GNNMerger(nn.Module):
         self.gain = _zero_head(width, 1)
         self.gate = CompetenceGate(width) if config.gate else None
         self.strength = nn.Parameter(torch.zeros(2))  # of the refit: hidden layers, output layer
-        self.log_ridge = nn.Parameter(torch.tensor([-5.0, -5.0]))
+        self.log_ridge = nn.Parameter(torch.tensor(-5.0))
         if config.rank:
             self.row_factor = _zero_head(width, config.rank)
             self.column_factor = nn.Linear(width, config.rank)
@@ -126,7 +126,7 @@ class GNNMerger(nn.Module):
             return Target(mixed_target(values, mixing[layer.target], gain), self.strength[0])
 
         return construct(
-            fused, observed, layout, probes, targets=targets, ridge=self.log_ridge[0].exp()
+            fused, observed, layout, probes, targets=targets, ridge=self.log_ridge.exp()
         )
 
     def _states(

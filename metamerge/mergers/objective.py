@@ -25,12 +25,14 @@ class ThresholdObjective:
         reference: ``absolute``, or what the threshold is relative to: ``best_member`` or
             ``ensemble``.
         margin: The threshold itself, or how far above the reference it lies, in accuracy.
-        softness: Accuracy over which a family fades out at its threshold.
+        softness: Accuracy over which a family fades out.
+        headroom: How far beyond its threshold a family has to be to have faded half.
     """
 
     reference: str = "ensemble"
     margin: float = 0.0
     softness: float = 0.02
+    headroom: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense.
@@ -76,7 +78,8 @@ class ThresholdObjective:
         expanded = targets.expand(len(logits), -1)
         losses = F.cross_entropy(logits.movedim(-1, 1), expanded, reduction="none").mean(1)
         accuracy = (logits.argmax(-1) == targets).float().mean(1)
-        weight = ((thresholds - accuracy) / self.softness).sigmoid().detach()
+        wanted = (thresholds + self.headroom).clamp(max=1.0)
+        weight = ((wanted - accuracy) / self.softness).sigmoid().detach()
         return (weight * losses).mean(), accuracy
 
 

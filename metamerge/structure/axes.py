@@ -58,7 +58,7 @@ class Axes:
             The common axis.
 
         Raises:
-            StructureError: If the sizes cannot be matched, or one holds the batch and the other not.
+            StructureError: If the sizes cannot be matched, or the batch meets another axis.
         """
         left, right = list(self.resolve(one)), list(self.resolve(other))
         common = []

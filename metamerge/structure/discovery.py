@@ -64,8 +64,8 @@ def prove(program: Program, spec: PermutationSpec, *, seed: int = 0) -> None:
     """Check that permuting any group, and all at once, leaves the outputs as they are.
 
     Random weights in float64 and a relative tolerance of 1e-9 leave no room for luck: a wrong spec
-    changes the output by the order of the output itself. Alone, a group is permuted in one cycle: no
-    unit stays in place.
+    changes the output by the order of the output itself. Alone, a group is permuted in one cycle:
+    no unit stays in place.
 
     Args:
         program: The traced network.

@@ -198,7 +198,11 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
             f"{type(model).__name__} returns {len(signature.user_outputs)} tensors; wrap it in a "
             "module that returns the one to be judged."
         )
-    parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    parameters = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     graph = list(exported.graph.nodes)
     read = {n.name for n in graph if n.op == "placeholder" and n.users}
     state = model.state_dict(keep_vars=True)
@@ -211,16 +215,23 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
             "not hold; register them as persistent buffers."
         )
     nodes, renamed = _nodes(graph)
+    output = signature.user_outputs[0]
+    shapes = {
+        n.name: tuple(s if isinstance(s, int) else None for s in n.meta["val"].shape)
+        for n in graph
+        if isinstance(n.meta.get("val"), Tensor)
+    }
+    if None not in shapes.get(output, ()):
+        raise StructureError(
+            f"{type(model).__name__} returns {shapes.get(output, 'no tensor')}, whatever the size of "
+            "the batch; forward() must give one row of outputs per input, for batches of any size."
+        )
     return Program(
         parameters=used,
         inputs=tuple(signature.user_inputs),
         nodes=nodes,
-        output=renamed.get(signature.user_outputs[0], signature.user_outputs[0]),
-        shapes={
-            n.name: tuple(s if isinstance(s, int) else None for s in n.meta["val"].shape)
-            for n in graph
-            if isinstance(n.meta.get("val"), Tensor)
-        },
+        output=renamed.get(output, output),
+        shapes=shapes,
         tied=tied,
         untraced=tuple(k for k in state if k not in set(used.values()) and k not in tied),
     )
@@ -231,20 +242,54 @@ def _nodes(graph: Sequence[torch.fx.Node]) -> tuple[tuple[Node, ...], dict[str, 
     renamed: dict[str, str] = {}
     nodes = []
     for n in graph:
-        if n.op != "call_function":
+        if n.op != "call_function" or n.target is torch.ops.aten._assert_tensor_metadata.default:
+            continue
+        if _gives_back(n):
+            renamed[n.name] = renamed.get(n.args[0].name, n.args[0].name)
             continue
         name, args, kwargs = _op_name(n.target), _plain(n.args, renamed), _plain(n.kwargs, renamed)
+        kwargs.pop("memory_format", None)  # says nothing of values
         packet, overload = name.split(".")
         if operator(name)._schema.is_mutable:
             if not packet.endswith("_") or not hasattr(torch.ops.aten, packet[:-1]):
                 raise StructureError(
                     f"Operator aten.{name} ({n.name}) changes its inputs in place; use a pure one."
                 )
-            for old in (n.args[0].name, *(k for k, v in renamed.items() if v == args[0].name)):
+            changed = args[0].name
+            _check_alone(n, changed, graph, renamed)
+            for old in (changed, *(k for k, v in renamed.items() if v == changed)):
                 renamed[old] = n.name
             name = f"{packet[:-1]}.{overload}"
-        nodes.append(Node(n.name, name, args, dict(kwargs)))
+        nodes.append(Node(n.name, name, args, kwargs))
     return tuple(nodes), renamed
+
+
+def _gives_back(n: torch.fx.Node) -> bool:
+    """Whether a call returns its very argument: dropout in eval mode, a cast to the same dtype."""
+    if n.target is torch.ops.aten.dropout.default:
+        return n.args[2] is False
+    same = n.target is torch.ops.aten.to.dtype and len(n.args) == 2 and "copy" not in n.kwargs
+    return same and n.args[0].meta["val"].dtype == n.meta["val"].dtype
+
+
+def _check_alone(
+    n: torch.fx.Node, changed: str, graph: Sequence[torch.fx.Node], renamed: Mapping[str, str]
+) -> None:
+    """Refuse a change in place that is read later through another name, such as that of a view."""
+    place = {other: i for i, other in enumerate(graph)}
+    for other in graph[: place[n]]:
+        if renamed.get(other.name, other.name) == changed or _memory(other) != _memory(n):
+            continue
+        if any(place[user] > place[n] for user in other.users):
+            raise StructureError(
+                f"Operator {n.target} ({n.name}) changes {other.name} as well, which shares its "
+                "memory and is read later; use one that is not in place."
+            )
+
+
+def _memory(n: torch.fx.Node) -> int | None:
+    value = n.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def _tied(state: Mapping[str, Tensor], traced: set[str]) -> dict[str, str]:
@@ -263,8 +308,11 @@ def _op_name(target: Any) -> str:
 
 
 def _checked_op(op: str) -> str:
-    if operator(op)._schema.is_mutable:
+    schema = operator(op)._schema
+    if schema.is_mutable:
         raise ValueError(f"operator {op!r} changes its inputs in place")
+    if not any("Tensor" in str(argument.type) for argument in schema.arguments):
+        raise ValueError(f"operator {op!r} reads no tensor")  # but makes one, or reads a file
     return op
 
 
@@ -299,7 +347,9 @@ def _encode(value: Any) -> Any:
         return {"map": {k: _encode(v) for k, v in value.items()}}
     if isinstance(value, list | tuple):
         return [_encode(v) for v in value]
-    return value
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise StructureError(f"An operator is called with {value!r}, which a program cannot hold.")
 
 
 def _decode(value: Any) -> Any:
