@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from metamerge import merge, registry
-from metamerge.checkpoints import save_checkpoint
+from metamerge.checkpoints import Checkpoint, save_checkpoint
 from metamerge.errors import (
     ConfigError,
     IncompatibleWeights,
@@ -682,10 +682,10 @@ class Planted:
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(plain, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(pickle.dumps({"1.weight": Planted()}))
-    with refused(Unsafe, str(path), "state_dict"):
+    with refused(Unsafe, str(path), "safetensors"):
         merge([*plain, path], **AVERAGE)
     torch.save({"1.weight": Planted()}, path)
-    with refused(Unsafe, str(path), "state_dict"):
+    with refused(Unsafe, str(path), "safetensors"):
         merge([*plain, path], **AVERAGE)
     assert not Path("planted").exists()
 
@@ -754,13 +754,14 @@ def test_a_gpu_that_is_not_there_is_refused(plain):
 
 
 def test_alignment_without_a_model_is_refused(plain, tmp_path):
+    path = in_safetensors(tmp_path, plain[0])
     with refused(ConfigError, "model=", "align=None"):
-        merge([in_safetensors(tmp_path, plain[0]), plain[1]], method="average")
+        merge([path, plain[1]], method="average")
 
 
 def test_weights_of_another_network_than_the_model_are_refused(plain):
     for model, told in (
-        (network(widths=(6, 8, 8, 3)), ("'5.bias' is missing",)),
+        (network(widths=(6, 8, 3, 2)), ("'5.weight' is missing",)),
         (network(widths=(6, 9, 3)), ("'1.weight'", "(8, 6)", "(9, 6)")),
         (network(widths=(6, 8)), ("no tensor '3.bias'", "['1.bias', '1.weight']")),
     ):
@@ -774,7 +775,7 @@ def test_a_base_of_another_network_is_refused(plain):
 
 
 def test_a_merger_folder_that_is_not_there_is_refused(zoo):
-    told = ("'runs/nothing' does not exist", "accelerate launch trainers/merger.py", "average")
+    told = ("'runs/nothing'", "accelerate launch trainers/merger.py", "average")
     with refused(ConfigError, *told):
         merge(zoo.address("test", 2, 0), merger="runs/nothing")
 
@@ -800,8 +801,13 @@ def test_a_merger_for_inputs_of_another_shape_is_refused(zoo):
 
 
 @lru_cache
-def spec_of(widths):
-    return discover(network(widths=widths), torch.zeros(2, widths[0]))
+def program_of(widths):
+    return trace(network(widths=widths), torch.zeros(2, widths[0]))
+
+
+@lru_cache
+def discovered(widths):
+    return discover_program(program_of(widths))
 
 
 def random_members(widths, count, seed):
@@ -813,30 +819,31 @@ def random_members(widths, count, seed):
     ]
 
 
+def average(widths, members):
+    program = program_of(widths).to_json()
+    return merge([Checkpoint("random", own, program) for own in members], method="average")
+
+
 def outputs(widths, members):
-    model = network(widths=widths)
-    merged = merge(members, method="average", model=model)
     probes = torch.randn(9, widths[0], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return merged.to_module(model)(probes)
+        return average(widths, members).to_module(network(widths=widths))(probes)
 
 
 sizes = st.integers(1, 6)
-shallow = st.tuples(sizes, sizes, sizes)
-networks = shallow | st.tuples(sizes, sizes, sizes, sizes)
+networks = st.tuples(sizes, sizes, sizes) | st.tuples(sizes, sizes, sizes, sizes)
 seeds = st.integers(0, 2**31)
-few = settings(max_examples=25, deadline=None)
+some = settings(max_examples=30, deadline=None)
 
 
-@few
+@some
 @given(networks, st.integers(2, 5), seeds)
 def test_copies_of_one_network_merge_into_it(widths, count, seed):
     (member,) = random_members(widths, 1, seed)
-    merged = merge([member] * count, method="average", model=network(widths=widths))
-    assert_same(merged.weights, member, **EQUAL)
+    assert_same(average(widths, [member] * count).weights, member, **EQUAL)
 
 
-@few
+@some
 @given(networks, st.integers(2, 5), seeds, st.randoms(use_true_random=False))
 def test_the_order_of_members_does_not_change_the_merged_function(widths, count, seed, random):
     members = random_members(widths, count, seed)
@@ -844,21 +851,10 @@ def test_the_order_of_members_does_not_change_the_merged_function(widths, count,
     torch.testing.assert_close(outputs(widths, shuffled), outputs(widths, members), **REORDERED)
 
 
-def check_hidden_order(widths, count, seed):
+@some
+@given(networks, st.integers(2, 5), seeds)
+def test_the_order_of_hidden_units_does_not_change_the_merged_function(widths, count, seed):
     members = random_members(widths, count, seed)
-    spec, generator = spec_of(widths), torch.Generator().manual_seed(seed)
+    spec, generator = discovered(widths), torch.Generator().manual_seed(seed)
     moved = [spec.permute(member, spec.random(generator)) for member in members]
     torch.testing.assert_close(outputs(widths, moved), outputs(widths, members), **REORDERED)
-
-
-@few
-@given(shallow, st.integers(2, 5), seeds)
-def test_the_order_of_hidden_units_does_not_change_the_merged_function(widths, count, seed):
-    check_hidden_order(widths, count, seed)
-
-
-@pytest.mark.xfail(reason="the search starts at each member's own order of units", strict=True)
-@settings(max_examples=100, deadline=None)
-@given(st.tuples(sizes, sizes, sizes, sizes), st.integers(2, 5), seeds)
-def test_the_order_of_hidden_units_of_deep_networks_does_not_change_it(widths, count, seed):
-    check_hidden_order(widths, count, seed)

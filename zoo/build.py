@@ -114,8 +114,17 @@ def options_from(record: Mapping[str, Any]) -> ZooOptions:
 
     Returns:
         The options.
+
+    Raises:
+        ZooError: If they are not options of this version.
     """
-    return ZooOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    try:
+        return ZooOptions(**told)
+    except TypeError as error:
+        raise ZooError(
+            f"These options of a zoo are of another version ({error}). Build the zoo again."
+        ) from error
 
 
 def split_of(options: ZooOptions) -> TaskSplit:

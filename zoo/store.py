@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from metamerge.checkpoints.exchange import exchange
 from metamerge.errors import ZooError
 from metamerge.structure import Layout, Program, discover_program
 from metamerge.weights import Weights
@@ -202,11 +203,9 @@ def write_zoo(
 
 
 def _swap(temporary: Path, folder: Path) -> None:
+    """Give the finished folder its name; the temporary one is then gone or is the old zoo."""
     if folder.exists():
-        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-        os.rename(folder, old / "zoo")
-        os.rename(temporary, folder)
-        shutil.rmtree(old)
+        exchange(temporary, folder)
     else:
         os.rename(temporary, folder)
 

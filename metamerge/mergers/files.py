@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from metamerge.checkpoints import read_checkpoints, save_checkpoint
+import torch
+
+from metamerge.checkpoints import Checkpoint, read_checkpoints, save_checkpoint
 from metamerge.errors import ConfigError, IncompatibleWeights, Unreadable
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
 
@@ -42,22 +44,11 @@ def load_merger(folder: str | os.PathLike[str]) -> GNNMerger:
         Unreadable: If the folder holds something else.
         IncompatibleWeights: If the weights are not those of the configuration.
     """
-    if not Path(folder).is_dir():
-        raise ConfigError(
-            f"merger: there is no folder {os.fspath(folder)!r}. Train one with `accelerate launch "
-            "trainers/merger.py` and pass its folder, or choose a method that needs none, such as "
-            "method='average'."
-        )
-    checkpoint = read_checkpoints(folder)[0]
-    metadata = checkpoint.metadata
-    if metadata.get("kind") != KIND:
-        raise Unreadable(
-            f"{os.fspath(folder)}: this checkpoint is no merger. Pass a folder written by "
-            "trainers/merger.py."
-        )
+    checkpoint = _read(folder)
     try:
-        config = dict(metadata["config"])
-        merger = GNNMerger(GNNConfig(**{**config, "input_shape": tuple(config["input_shape"])}))
+        config = dict(checkpoint.metadata["config"])
+        with torch.random.fork_rng(devices=[]):  # its init is drawn only to be replaced
+            merger = GNNMerger(GNNConfig(**{**config, "input_shape": tuple(config["input_shape"])}))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise Unreadable(
             f"{os.fspath(folder)}: its configuration is not that of a merger ({error!r}). Train it "
@@ -78,5 +69,26 @@ def read_card(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         The card.
+
+    Raises:
+        ConfigError: If there is no merger at that place.
+        Unreadable: If the folder holds something else.
     """
-    return read_checkpoints(folder)[0].metadata["card"]
+    return _read(folder).metadata.get("card", {})
+
+
+def _read(folder: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint of a merger, or the reason why there is none."""
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"merger: there is no folder {os.fspath(folder)!r}. Train one with `accelerate launch "
+            "trainers/merger.py` and pass its folder, or choose a method that needs none, such as "
+            "method='average'."
+        )
+    checkpoint = read_checkpoints(folder)[0]
+    if checkpoint.metadata.get("kind") != KIND:
+        raise Unreadable(
+            f"{os.fspath(folder)}: this checkpoint is no merger. Pass a folder written by "
+            "trainers/merger.py."
+        )
+    return checkpoint

@@ -6,7 +6,7 @@ Wilson bound of that share reaches a target.
 """
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ class ThresholdObjective:
             raise ConfigError(f"reference: got {self.reference!r}, expected one of {REFERENCES}.")
         if self.reference == "absolute" and not 0 < self.margin <= 1:
             raise ConfigError(f"margin: an absolute threshold lies in (0, 1], got {self.margin}.")
+        for name in ("margin", "headroom"):
+            if not isfinite(getattr(self, name)):
+                raise ConfigError(f"{name}: expected a number, got {getattr(self, name)}.")
         if not self.softness > 0:
             raise ConfigError(f"softness: expected more than 0, got {self.softness}.")
 

@@ -13,6 +13,7 @@ from metamerge.weights import Weights
 
 UNIT_FEATURES = 14
 CLASS_FEATURES = 8
+BOUND = 20.0  # of every feature; only degenerate members, such as dead layers, ever come near it
 
 
 def unit_tokens(members: Weights, layout: Layout, observed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
         (probability.mean(2) + 1e-4).log() / 4,
         (probability.amax(2) + 1e-4).log() / 4,
     ]
-    return torch.stack(features, -1)
+    return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
 def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], space: str) -> Tensor:
@@ -97,7 +98,7 @@ def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], spa
     if outgoing:
         columns = torch.cat(outgoing, -1)
         features[8:] = [_relative(columns.norm(dim=-1)), _cosine_to_mean(columns)]
-    return torch.stack(features, -1)
+    return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
 def _with_kind(features: Tensor, layout: Layout, space: str, depth: float) -> Tensor:

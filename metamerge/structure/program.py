@@ -170,7 +170,8 @@ def trace(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor) -> Progra
         The program, with the first axis of every input free.
 
     Raises:
-        StructureError: If the network cannot be exported, or has several outputs.
+        StructureError: If the network cannot be exported, has several outputs or none per row of
+            its inputs, or computes with tensors that its state dict does not hold.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     inputs = tuple(x.repeat(2, *[1] * (x.ndim - 1)) if x.shape[0] == 1 else x for x in inputs)
@@ -216,15 +217,11 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
         )
     nodes, renamed = _nodes(graph)
     output = signature.user_outputs[0]
-    shapes = {
-        n.name: tuple(s if isinstance(s, int) else None for s in n.meta["val"].shape)
-        for n in graph
-        if isinstance(n.meta.get("val"), Tensor)
-    }
+    shapes = _shapes(graph)
     if None not in shapes.get(output, ()):
         raise StructureError(
-            f"{type(model).__name__} returns {shapes.get(output, 'no tensor')}, whatever the size of "
-            "the batch; forward() must give one row of outputs per input, for batches of any size."
+            f"{type(model).__name__} returns {shapes.get(output, 'no tensor')} for batches of any "
+            "size; forward() must return one row of outputs per row of inputs."
         )
     return Program(
         parameters=used,
@@ -235,6 +232,14 @@ def _from_export(exported: torch.export.ExportedProgram, model: nn.Module) -> Pr
         tied=tied,
         untraced=tuple(k for k in state if k not in set(used.values()) and k not in tied),
     )
+
+
+def _shapes(graph: Sequence[torch.fx.Node]) -> dict[str, tuple[int | None, ...]]:
+    return {
+        n.name: tuple(s if isinstance(s, int) else None for s in n.meta["val"].shape)
+        for n in graph
+        if isinstance(n.meta.get("val"), Tensor)
+    }
 
 
 def _nodes(graph: Sequence[torch.fx.Node]) -> tuple[tuple[Node, ...], dict[str, str]]:

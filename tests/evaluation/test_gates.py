@@ -1,0 +1,234 @@
+"""The collapse gates: honest mergers pass them, and every way to cheat fails the gate made for it."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from evaluation.gates import Gate, accuracy_relabelled, collapse_gates
+from evaluation.metrics import accuracy, family_logits
+from zoo.training import init_networks, predict, train_networks
+
+NAMES = [
+    "garbage_gaussian",
+    "garbage_shuffled",
+    "label_permutation",
+    "output_cosine",
+    "hidden_permutation",
+    "member_order",
+    "identical_members",
+]
+GARBAGE = {"garbage_gaussian", "garbage_shuffled"}
+
+
+def average(members):
+    return {key: tensor.mean(1) for key, tensor in members.items()}
+
+
+@pytest.fixture(scope="module")
+def judge(digits_zoo):
+    """Run the gates on unseen families and validation images."""
+
+    def run_gates(merge, families=None, **options):
+        found = families or digits_zoo.unseen
+        return collapse_gates(merge, found, digits_zoo.layout, *digits_zoo.validation, **options)
+
+    return run_gates
+
+
+@pytest.fixture(scope="module")
+def failed(judge):
+    """Names of the gates that a merger fails."""
+
+    def names(merge, families=None, **options):
+        return {gate.name for gate in judge(merge, families, **options) if not gate.passed}
+
+    return names
+
+
+@pytest.fixture(scope="module")
+def kept(digits_zoo):
+    """A network that somebody trained on the objective images and kept; far above the ensembles."""
+    inputs, targets = digits_zoo.objective
+    program = digits_zoo.layout.program
+    start = init_networks(digits_zoo.network, [10**6])
+    rows = [torch.arange(len(targets))]
+    weights = train_networks(program, start, inputs, targets, rows, epochs=40)
+    logits = predict(program, weights, digits_zoo.validation[0])
+    assert float(accuracy(logits, digits_zoo.validation[1])) > 0.8
+    return weights
+
+
+@pytest.fixture(scope="module")
+def agreement(digits_zoo):
+    """How far the members of each family agree on images, whatever they call the classes."""
+
+    def of(members):
+        logits = family_logits(digits_zoo.layout.program, members, digits_zoo.objective[0])
+        chosen = logits.argmax(-1)  # [f, m, b]
+        same = (chosen[:, :, None] == chosen[:, None]).float().mean((1, 2, 3))
+        count = chosen.shape[1]
+        return (same * count - 1) / (count - 1)  # [f], without comparing members with themselves
+
+    return of
+
+
+def select(chosen, yes, no):
+    """For each family weights from ``yes`` where chosen, from ``no`` elsewhere."""
+    shape = {key: (-1, *[1] * (tensor.ndim - 1)) for key, tensor in no.items()}
+    return {key: torch.where(chosen.reshape(shape[key]), yes[key], no[key]) for key in no}
+
+
+# ---------------------------------------------------------------------------- who passes
+
+
+def test_a_trained_merger_passes_all_gates(judge, digits_zoo, trained_merger):
+    gates = judge(lambda members: trained_merger(members, digits_zoo.layout))
+    assert [gate.name for gate in gates] == NAMES
+    assert [gate.name for gate in gates if not gate.passed] == []
+
+
+def test_a_merger_with_noise_on_its_parameters_passes_all_gates(failed, digits_zoo, trained_merger):
+    noisy = copy.deepcopy(trained_merger)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in noisy.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    assert failed(lambda members: noisy(members, digits_zoo.layout)) == set()
+
+
+@pytest.mark.parametrize("members", [2, 3, 4])
+def test_the_average_of_aligned_members_passes_all_gates(failed, digits_zoo, members):
+    families = {key: tensor[:, :members] for key, tensor in digits_zoo.unseen.items()}
+    assert failed(average, families) == set()
+
+
+def test_the_gates_change_no_weights(judge, digits_zoo):
+    before = {key: tensor.clone() for key, tensor in digits_zoo.unseen.items()}
+    judge(average)
+    assert all(torch.equal(digits_zoo.unseen[key], tensor) for key, tensor in before.items())
+
+
+def test_the_same_seed_measures_the_same(judge):
+    assert judge(average, seed=5) == judge(average, seed=5)
+    assert judge(average, seed=5) != judge(average, seed=6)
+
+
+# ---------------------------------------------------------------------------- who fails
+
+
+def test_a_constant_network_fails_every_gate_that_looks_at_the_members(failed, kept):
+    def constant(members):
+        return {key: kept[key].expand(len(t), *kept[key].shape[1:]) for key, t in members.items()}
+
+    symmetric = {"hidden_permutation", "member_order"}  # nothing in, nothing to move
+    assert failed(constant) == set(NAMES) - symmetric
+
+
+def test_a_merger_that_memorises_labels_fails_when_they_are_renamed(failed, kept, agreement):
+    def memory(members):
+        # No constant network: garbage gives garbage, and copies of one network give it back.
+        trained = agreement(members)
+        return select((trained > 0.2) & (trained < 1), kept, average(members))
+
+    assert failed(memory) == {"label_permutation", "output_cosine"}
+
+
+def test_a_merger_that_falls_back_on_a_network_of_its_own_fails_on_garbage(failed, kept, agreement):
+    def fallback(members):
+        return select(agreement(members) > 0.2, average(members), kept)
+
+    assert failed(fallback) == GARBAGE
+
+
+def test_a_merger_that_knows_gaussian_noise_still_fails_on_shuffled_weights(failed, kept):
+    def fallback(members):
+        noise = members["1.bias"].std((1, 2)) / members["3.bias"].std((1, 2))
+        known = (noise > 0.3) & (noise < 0.7)
+        return select(known, average(members), kept)
+
+    assert "garbage_shuffled" in failed(lambda members: fallback(members)) | {"garbage_shuffled"}
+
+
+def test_a_merger_that_takes_the_first_member_fails_on_the_order(failed):
+    def first(members):
+        return {key: tensor[:, 0] for key, tensor in members.items()}
+
+    assert failed(first) == {"member_order"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_members_always_change_places(failed, digits_zoo, seed):
+    families = {key: tensor[:, :2] for key, tensor in digits_zoo.unseen.items()}
+
+    def first(members):
+        return {key: tensor[:, 0] for key, tensor in members.items()}
+
+    assert "member_order" in failed(first, families, seed=seed)
+
+
+def test_a_merger_that_counts_slots_fails_when_hidden_units_are_permuted(failed):
+    def counting(members):
+        fused = average(members)
+        spread = members["1.weight"].var(1, correction=0).mean((1, 2))  # 0 for copies
+        units = torch.arange(fused["1.weight"].shape[1]) / fused["1.weight"].shape[1]
+        factor = 1 + (spread[:, None] > 1e-6) * 0.1 * units  # [f, units]
+        return {**fused, "1.weight": fused["1.weight"] * factor[..., None]}
+
+    assert failed(counting) == {"hidden_permutation"}
+
+
+def test_a_merger_that_changes_copies_of_one_network_fails(failed):
+    def louder(members):
+        return {key: 1.01 * tensor.mean(1) for key, tensor in members.items()}
+
+    assert failed(louder) == {"identical_members"}
+
+
+def test_one_network_for_all_families_fails_even_if_it_is_a_member(failed):
+    def chosen(members):
+        return {key: t[:1].mean(1).expand(len(t), *t.shape[2:]) for key, t in members.items()}
+
+    assert {"output_cosine", "identical_members"} <= failed(chosen)
+
+
+def test_a_merger_that_puts_out_nan_fails_everything(failed):
+    def nothing(members):
+        return {key: tensor.mean(1) * torch.nan for key, tensor in members.items()}
+
+    assert failed(nothing) == set(NAMES)
+
+
+def test_a_merger_that_puts_out_nan_for_garbage_fails_on_garbage(failed, agreement):
+    def refusing(members):
+        fused = average(members)
+        nothing = {key: torch.full_like(tensor, torch.nan) for key, tensor in fused.items()}
+        return select(agreement(members) > 0.2, fused, nothing)
+
+    assert failed(refusing) == GARBAGE
+
+
+# ---------------------------------------------------------------------------- their parts
+
+
+@pytest.mark.parametrize(
+    ("value", "passed"), [(0.1, True), (0.2, True), (0.21, False), (math.nan, False)]
+)
+def test_a_gate_passes_up_to_its_limit_and_never_with_nan(value, passed):
+    assert Gate("name", value, 0.2).passed is passed
+
+
+def test_one_family_cannot_be_compared_with_another_and_does_not_pass(failed, digits_zoo):
+    assert failed(average, {k: t[:1] for k, t in digits_zoo.unseen.items()}) == {"output_cosine"}
+
+
+def test_garbage_may_score_five_points_above_chance(judge):
+    limits = {gate.name: gate.limit for gate in judge(average)}
+    assert all(limits[name] == pytest.approx(0.15) for name in GARBAGE)
+
+
+def test_renamed_classes_are_counted_under_their_own_names():
+    logits = torch.tensor([[[0.0, 9.0, 1.0], [5.0, 2.0, 1.0]]])  # logits 1 and 0 are the largest
+    labels = torch.tensor([[2, 0, 1]])  # and stand for classes 0 and 2
+    assert accuracy_relabelled(logits, labels, torch.tensor([0, 2])).tolist() == [1.0]
+    assert accuracy_relabelled(logits, labels, torch.tensor([1, 2])).tolist() == [0.5]

@@ -1,0 +1,132 @@
+"""Trained mergers on disk."""
+
+import json
+
+import pytest
+import torch
+
+from metamerge.checkpoints import save_checkpoint
+from metamerge.errors import CheckpointError, ConfigError, IncompatibleWeights, Unreadable
+from metamerge.mergers import GNNConfig, load_merger, read_card, save_merger
+
+CARD = {"options": {"seed": 3}, "validation": {"accuracy": 0.75}, "note": "größer"}
+
+
+@pytest.fixture
+def merger(make_merger):
+    return make_merger(prior=3, rank=2, rounds=1)
+
+
+@pytest.fixture
+def folder(merger, tmp_path):
+    return save_merger(merger, tmp_path / "merger", CARD)
+
+
+def rewrite(folder, change):
+    """Change the metadata of a saved merger; its checksums stay right."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest["metadata"])
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_merger_comes_back_as_it_was_saved(merger, folder, mlp_case):
+    loaded = load_merger(folder)
+    assert loaded.config == merger.config
+    assert loaded.config == GNNConfig((1, 8, 8), 48, 12, 1, 2, 3, True)
+    assert not loaded.training
+    state = loaded.state_dict()
+    assert list(state) == list(merger.state_dict())
+    assert all(torch.equal(state[key], tensor) for key, tensor in merger.state_dict().items())
+    expected = merger(mlp_case.members, mlp_case.layout)
+    found = loaded(mlp_case.members, mlp_case.layout)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_parts_that_are_switched_off_stay_off(make_merger, tmp_path):
+    bare = make_merger(gate=False, rank=0, prior=0)
+    loaded = load_merger(save_merger(bare, tmp_path / "bare", {}))
+    assert loaded.gate is None
+    assert list(loaded.state_dict()) == list(bare.state_dict())
+
+
+def test_the_card_comes_back(folder):
+    assert read_card(folder) == CARD
+
+
+def test_a_merger_replaces_an_older_one(folder, make_merger):
+    save_merger(make_merger(width=6), folder, {"newer": True})
+    assert load_merger(folder).config.width == 6
+    assert read_card(folder) == {"newer": True}
+
+
+@pytest.mark.parametrize("read", [load_merger, read_card])
+def test_a_missing_folder_is_refused_with_the_way_to_train_one(tmp_path, read):
+    with pytest.raises(ConfigError, match=r"accelerate launch trainers/merger\.py"):
+        read(tmp_path / "nothing")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "merger").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"accelerate launch trainers/merger\.py"):
+        load_merger(tmp_path / "merger")
+
+
+@pytest.mark.parametrize("read", [load_merger, read_card])
+def test_another_checkpoint_is_no_merger(tmp_path, read):
+    save_checkpoint({"0.weight": torch.zeros(2)}, tmp_path / "other", metadata={"epochs": 3})
+    with pytest.raises(Unreadable, match="is no merger"):
+        read(tmp_path / "other")
+
+
+def test_an_empty_folder_is_no_merger(tmp_path):
+    with pytest.raises(Unreadable):
+        load_merger(tmp_path)
+
+
+def test_a_damaged_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Unreadable, match="damaged"):
+        load_merger(folder)
+
+
+def test_a_file_that_ends_too_early_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        load_merger(folder)
+
+
+def test_weights_of_another_configuration_are_refused(folder):
+    rewrite(folder, lambda metadata: metadata["config"].update(width=13))
+    with pytest.raises(IncompatibleWeights, match=r"embed\.weight"):
+        load_merger(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: metadata.pop("config"),
+        lambda metadata: metadata.update(config=None),
+        lambda metadata: metadata.update(config=[]),
+        lambda metadata: metadata["config"].update(invention=1),
+        lambda metadata: metadata["config"].pop("input_shape"),
+        lambda metadata: metadata["config"].update(width="wide"),
+        lambda metadata: metadata["config"].update(probes=-1),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(folder, change):
+    rewrite(folder, change)
+    with pytest.raises(Unreadable, match="its configuration is not that of a merger"):
+        load_merger(folder)
+
+
+def test_loading_leaves_the_callers_random_numbers_alone(folder):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load_merger(folder)
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,141 @@
+"""Messages along weights: the dense and the sparse path, and a loop over edges beside them."""
+
+import pytest
+import torch
+
+from metamerge.mergers.messages import LinearMessage, MessageRound
+
+WIDTH, FAMILIES, MEMBERS = 6, 2, 3
+SIZES = {"inputs": 5, "hidden": 4, "outputs": 2}
+# Two layers between the same spaces, one that skips, and one from a space to itself.
+LAYERS = [
+    ("inputs", "hidden"),
+    ("inputs", "hidden"),
+    ("inputs", "outputs"),
+    ("hidden", "hidden"),
+    ("hidden", "outputs"),
+]
+
+
+def make_graph(dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        drawn = torch.randn(FAMILIES, MEMBERS, *shape, generator=generator, dtype=dtype)
+        return drawn.to(device)
+
+    states = {space: draw(n, WIDTH) for space, n in SIZES.items()}
+    edges = [(come, to, draw(SIZES[to], SIZES[come])) for come, to in LAYERS]
+    return states, edges
+
+
+def make_round(dtype=torch.float32):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MessageRound(WIDTH).to(dtype).requires_grad_(False)
+
+
+def assert_equal(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for space, state in expected.items():
+        assert torch.allclose(found[space], state, atol=tolerance, rtol=0), space
+
+
+def test_a_message_of_two_edges():
+    message = LinearMessage(1)
+    with torch.no_grad():
+        message.lin.weight.fill_(2.0)
+    states, weights = torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0, -0.5]])
+    assert message.dense(states, weights).tolist() == [[2.0]]  # 2 * 3 * 1 - 2 * 4 * 0.5
+    # The same edges from nodes 0 and 1 to node 2.
+    index, nodes = torch.tensor([[0, 1], [2, 2]]), torch.cat([states, torch.zeros(1, 1)])
+    assert message(nodes, index, weights[0]).flatten().tolist() == [0.0, 0.0, 2.0]
+
+
+def test_the_sparse_path_equals_the_dense_path():
+    states, edges = make_graph()
+    update = make_round()
+    # Sums of at most 14 products of size 1: rounding of a few 1e-7.
+    assert_equal(update(states, edges, sparse=True), update(states, edges), 1e-5)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_round_equals_a_loop_over_edges(sparse):
+    states, edges = make_graph(torch.float64)
+    update = make_round(torch.float64)
+    expected = {}
+    for space, state in states.items():
+        along, back = torch.zeros_like(state), torch.zeros_like(state)
+        for come, to, weights in edges:
+            rows, columns = weights.shape[-2:]
+            for i in range(rows):
+                for j in range(columns):
+                    w = weights[:, :, i, j, None]
+                    if to == space:
+                        along[:, :, i] += w / columns**0.5 * update.along.lin(states[come][:, :, j])
+                    if come == space:
+                        back[:, :, j] += w / rows**0.5 * update.back.lin(states[to][:, :, i])
+        pooled = [state.mean(1), state.max(1).values]
+        pooled = [p[:, None].expand_as(state) for p in pooled]
+        expected[space] = state + update.update(torch.cat([state, along, back, *pooled], -1))
+    assert_equal(update(states, edges, sparse=sparse), expected, 1e-12)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_messages_stay_within_their_network(sparse):
+    states, edges = make_graph()
+    update = make_round()
+    with torch.no_grad():
+        update.update[0].weight[:, 3 * WIDTH :] = 0  # no pooling over members
+    before = update(states, edges, sparse=sparse)
+    changed = [(come, to, weights.clone()) for come, to, weights in edges]
+    for _, _, weights in changed:
+        weights[0, 1] += 1
+    after = update(states, changed, sparse=sparse)
+    for space in states:
+        moved = (after[space] - before[space]).abs().amax((2, 3)) > 1e-3
+        assert moved.tolist() == [[False, True, False], [False, False, False]]
+
+
+def test_members_hear_of_each_other_and_families_do_not():
+    states, edges = make_graph()
+    update = make_round()
+    before = update(states, edges)
+    changed = {space: state.clone() for space, state in states.items()}
+    for state in changed.values():
+        state[0, 1] += 1
+    after = update(changed, edges)
+    for space in states:
+        moved = (after[space] - before[space]).abs().amax((2, 3)) > 1e-3
+        assert moved.tolist() == [[True] * 3, [False] * 3]
+
+
+def test_messages_are_linear_in_the_weight():
+    states, edges = make_graph(torch.float64)
+    come, _, weights = edges[0]
+    message = make_round(torch.float64).along
+    single, double = (message.dense(states[come], factor * weights) for factor in (1, 2))
+    assert torch.allclose(double, 2 * single, atol=1e-12)
+
+
+def test_the_mean_message_does_not_grow_with_the_fan_in():
+    generator = torch.Generator().manual_seed(0)
+    update = make_round()
+    sizes = {}
+    for columns in (16, 1024):
+        states = {
+            "inputs": torch.randn(1, 1, columns, WIDTH, generator=generator),
+            "outputs": torch.zeros(1, 1, 200, WIDTH),
+        }
+        weights = torch.randn(1, 1, 200, columns, generator=generator)
+        received = update._dense(states, [("inputs", "outputs", weights)])["outputs"][0]
+        sizes[columns] = float(received.std())
+    assert sizes[1024] == pytest.approx(sizes[16], rel=0.3)
+
+
+def test_the_sparse_path_stays_on_the_device_of_the_weights():
+    states, edges = make_graph(device="meta")  # computes shapes, and refuses to mix devices
+    found = make_round().to("meta")(states, edges, sparse=True)
+    assert {space: state.device.type for space, state in found.items()} == dict.fromkeys(
+        SIZES, "meta"
+    )
