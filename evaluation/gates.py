@@ -70,18 +70,13 @@ def collapse_gates(
     copies = {k: t[:, :1].expand_as(t) for k, t in families.items()}
     single = {k: t[:, 0] for k, t in families.items()}
     shuffled_copies = layout.spec.permute(copies, _hidden(copies, layout, generator))
-    score = accuracy(fused, targets).mean()
-    moved = accuracy_relabelled(other, labels, targets).mean()
+    score = _score(fused, accuracy(fused, targets))
+    moved = _score(other, accuracy_relabelled(other, labels, targets))
+    gaussian, shuffled = judge(_noise(families, generator)), judge(_shuffled(families, generator))
     return [
-        Gate(
-            "garbage_gaussian", _score(judge(_noise(families, generator)), targets), chance + 0.05
-        ),
-        Gate(
-            "garbage_shuffled",
-            _score(judge(_shuffled(families, generator)), targets),
-            chance + 0.05,
-        ),
-        Gate("label_permutation", float((score - moved).abs()), 0.02),
+        Gate("garbage_gaussian", _score(gaussian, accuracy(gaussian, targets)), chance + 0.05),
+        Gate("garbage_shuffled", _score(shuffled, accuracy(shuffled, targets)), chance + 0.05),
+        Gate("label_permutation", abs(score - moved), 0.02),
         Gate("output_cosine", _cosine(other), 0.3),
         Gate("hidden_permutation", _relative(judge(permuted), fused), 1e-4),
         Gate(
@@ -176,9 +171,9 @@ def _relabel(
     return renamed, labels
 
 
-def _score(logits: Tensor, targets: Tensor) -> float:
-    """Mean accuracy; NaN where a logit is not finite, since the argmax would pass for chance."""
-    return float(accuracy(logits, targets).mean()) if logits.isfinite().all() else float("nan")
+def _score(logits: Tensor, accuracies: Tensor) -> float:
+    """Mean accuracy; NaN where a logit is not finite, since its argmax would pass for chance."""
+    return float(accuracies.mean()) if logits.isfinite().all() else float("nan")
 
 
 def _relative(logits: Tensor, reference: Tensor) -> float:

@@ -1,6 +1,5 @@
 """Scores of networks, batched over families."""
 
-import torch
 from torch import Tensor
 
 from metamerge.structure import Program

@@ -192,14 +192,15 @@ def write_zoo(
         _write_tensors(temporary / ROWS, dict(rows))
         digest = _sha256(temporary / ROWS)
         complete = {"format": FORMAT, **manifest, "files": entries, "rows_sha256": digest}
-        _write_text(temporary / "manifest.json", json.dumps(complete, sort_keys=True))
+        text = json.dumps(complete, sort_keys=True)
+        _write_text(temporary / "manifest.json", text)
         temporary.chmod(0o777 & ~_umask())
         _swap(temporary, folder)
     except OSError as error:
         raise ZooError(f"{folder} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Zoo(folder, complete)
+    return Zoo(folder, json.loads(text))  # as every later reader finds it
 
 
 def _swap(temporary: Path, folder: Path) -> None:

@@ -63,10 +63,9 @@ def discover_program(program: Program) -> PermutationSpec:
 def prove(program: Program, spec: PermutationSpec, *, seed: int = 0) -> None:
     """Check that permuting any group, and all at once, leaves the outputs as they are.
 
-    Random weights in float64 and a relative tolerance of 1e-9 leave no room for luck: a wrong spec
-    changes the output by a thousandth of it or more. Weights and half of the inputs are positive,
-    so that no ReLU hides a layer; alone, a group is permuted in one cycle, so that no unit stays in
-    place.
+    Random weights in float64 and a relative tolerance of 1e-9 leave no room for luck. The weights
+    are drawn twice, the second time positive, so that no ReLU hides a narrow layer; alone, a group
+    is permuted in one cycle, so that no unit stays in place.
 
     Args:
         program: The traced network.
@@ -78,23 +77,24 @@ def prove(program: Program, spec: PermutationSpec, *, seed: int = 0) -> None:
         StructureError: If a group fails; the message names it and every tensor it touches.
     """
     generator = torch.Generator().manual_seed(seed)
-    weights = _random_weights(program, generator)
-    spec.check_weights("The traced network", weights)
-    inputs = [_random_input(program.shapes[name], generator) for name in program.inputs]
-    reference = run(program, weights, inputs)
-    for group in (*spec.groups, None):
-        perm = spec.random(generator)
-        if group is not None:
-            perm = {**spec.identity(), group: _cycle(spec.groups[group], generator)}
-        moved = run(program, spec.permute(weights, perm), inputs)
-        error = float((moved - reference).norm() / reference.norm().clamp_min(1e-300))
-        if not error < PROOF_TOLERANCE:
-            touched = spec.touching(group) if group else list(spec.axes)
-            raise StructureError(
-                f"The permutation spec is wrong: permuting {group or 'all groups at once'} changes "
-                f"the output by {error:.1e} (relative), expected below {PROOF_TOLERANCE:.0e}. It "
-                f"touches {touched}."
-            )
+    for positive in (False, True):
+        weights = _random_weights(program, generator, positive=positive)
+        spec.check_weights("The traced network", weights)
+        inputs = [_random_input(program.shapes[name], generator) for name in program.inputs]
+        reference = run(program, weights, inputs)
+        for group in (*spec.groups, None):
+            perm = spec.random(generator)
+            if group is not None:
+                perm = {**spec.identity(), group: _cycle(spec.groups[group], generator)}
+            moved = run(program, spec.permute(weights, perm), inputs)
+            error = float((moved - reference).norm() / reference.norm().clamp_min(1e-300))
+            if not error < PROOF_TOLERANCE:
+                touched = spec.touching(group) if group else list(spec.axes)
+                raise StructureError(
+                    f"The permutation spec is wrong: permuting {group or 'all groups at once'} "
+                    f"changes the output by {error:.1e} (relative), expected below "
+                    f"{PROOF_TOLERANCE:.0e}. It touches {touched}."
+                )
 
 
 def _walk(program: Program) -> tuple[Axes, dict[str, list]]:
@@ -148,18 +148,23 @@ def _unique(name: str, taken: set[str]) -> str:
     return f"{name}#{count + 1}" if count else name
 
 
-def _random_weights(program: Program, generator: torch.Generator) -> Weights:
-    """Positive, but for what is subtracted."""
+def _random_weights(program: Program, generator: torch.Generator, *, positive: bool) -> Weights:
+    """Normal weights; or positive ones with small biases, negative where they are subtracted."""
     weights = {}
     for value, key in program.parameters.items():
         shape = program.shapes[value]
-        tensor = torch.randn(shape, generator=generator, dtype=torch.float64).abs()
-        if tensor.ndim > 1:
-            weights[key] = tensor / max(1, tensor[0].numel())
-        elif key.endswith(("weight", "running_var")):
-            weights[key] = tensor + 0.5
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+        fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
+        if key.endswith("running_var"):
+            weights[key] = tensor.abs() + 0.5
+        elif not positive:
+            weights[key] = tensor / fan_in**0.5
+        elif tensor.ndim > 1:
+            weights[key] = tensor.abs() / fan_in
+        elif key.endswith("weight"):
+            weights[key] = tensor.abs() + 0.5
         else:
-            weights[key] = -tensor / 10 if key.endswith("running_mean") else tensor / 10
+            weights[key] = tensor.abs() / (-10 if key.endswith("running_mean") else 10)
     return {**weights, **{alias: weights[key] for alias, key in program.tied.items()}}
 
 

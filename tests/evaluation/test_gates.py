@@ -1,10 +1,11 @@
-"""The collapse gates: honest mergers pass them, and every way to cheat fails the gate made for it."""
+"""The collapse gates: honest mergers pass, and every way to cheat fails the gate made for it."""
 
 import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from evaluation.gates import Gate, accuracy_relabelled, collapse_gates
 from evaluation.metrics import accuracy, family_logits
@@ -61,17 +62,30 @@ def kept(digits_zoo):
 
 
 @pytest.fixture(scope="module")
-def agreement(digits_zoo):
-    """How far the members of each family agree on images, whatever they call the classes."""
+def trained(digits_zoo):
+    """Tell families of trained members from garbage, whatever they call the classes.
 
-    def of(members):
+    Trained members agree on images more often than their favourite classes explain (Cohen's kappa:
+    0.17 to 0.40 here); those of garbage do not (0.03 at most).
+    """
+
+    def told(members):
         logits = family_logits(digits_zoo.layout.program, members, digits_zoo.objective[0])
-        chosen = logits.argmax(-1)  # [f, m, b]
-        same = (chosen[:, :, None] == chosen[:, None]).float().mean((1, 2, 3))
-        count = chosen.shape[1]
-        return (same * count - 1) / (count - 1)  # [f], without comparing members with themselves
+        chosen = F.one_hot(logits.argmax(-1), logits.shape[-1]).float()  # [f, m, b, c]
+        found, expected = (
+            torch.einsum("fmbc,fnbc->fmn", x, x) / x.shape[2]
+            for x in (chosen, chosen.mean(2, keepdim=True))
+        )
+        pairs = ~torch.eye(chosen.shape[1], dtype=torch.bool)
+        found, expected = found[:, pairs].mean(1), expected[:, pairs].mean(1)
+        return (found - expected) / (1 - expected) > 0.1  # [f]
 
-    return of
+    return told
+
+
+def copies(members):
+    """Which families are made of one network alone, once they are aligned."""
+    return members["1.weight"].std(1, correction=0).amax((1, 2)) < 1e-6
 
 
 def select(chosen, yes, no):
@@ -125,29 +139,33 @@ def test_a_constant_network_fails_every_gate_that_looks_at_the_members(failed, k
     assert failed(constant) == set(NAMES) - symmetric
 
 
-def test_a_merger_that_memorises_labels_fails_when_they_are_renamed(failed, kept, agreement):
+def test_a_merger_that_memorises_labels_fails_when_they_are_renamed(failed, kept, trained):
     def memory(members):
         # No constant network: garbage gives garbage, and copies of one network give it back.
-        trained = agreement(members)
-        return select((trained > 0.2) & (trained < 1), kept, average(members))
+        return select(trained(members) & ~copies(members), kept, average(members))
 
     assert failed(memory) == {"label_permutation", "output_cosine"}
 
 
-def test_a_merger_that_falls_back_on_a_network_of_its_own_fails_on_garbage(failed, kept, agreement):
+def test_a_merger_that_falls_back_on_a_network_of_its_own_fails_on_garbage(failed, kept, trained):
     def fallback(members):
-        return select(agreement(members) > 0.2, average(members), kept)
+        return select(trained(members), average(members), kept)
 
     assert failed(fallback) == GARBAGE
 
 
-def test_a_merger_that_knows_gaussian_noise_still_fails_on_shuffled_weights(failed, kept):
+@pytest.mark.parametrize("kind", ["gaussian", "shuffled"])
+def test_a_merger_that_sees_through_one_kind_of_garbage_fails_on_the_other(
+    failed, kept, trained, kind
+):
     def fallback(members):
-        noise = members["1.bias"].std((1, 2)) / members["3.bias"].std((1, 2))
-        known = (noise > 0.3) & (noise < 0.7)
-        return select(known, average(members), kept)
+        # Noise has one deviation for all members; shuffled, each keeps its own.
+        deviation = members["1.weight"].flatten(2).std(2)
+        gaussian = (deviation.std(1) / deviation.mean(1)).mean() < 0.022
+        fooled = gaussian == (kind == "gaussian")
+        return select(trained(members) | ~fooled, average(members), kept)
 
-    assert "garbage_shuffled" in failed(lambda members: fallback(members)) | {"garbage_shuffled"}
+    assert failed(fallback) == {f"garbage_{kind}"}
 
 
 def test_a_merger_that_takes_the_first_member_fails_on_the_order(failed):
@@ -170,9 +188,8 @@ def test_two_members_always_change_places(failed, digits_zoo, seed):
 def test_a_merger_that_counts_slots_fails_when_hidden_units_are_permuted(failed):
     def counting(members):
         fused = average(members)
-        spread = members["1.weight"].var(1, correction=0).mean((1, 2))  # 0 for copies
         units = torch.arange(fused["1.weight"].shape[1]) / fused["1.weight"].shape[1]
-        factor = 1 + (spread[:, None] > 1e-6) * 0.1 * units  # [f, units]
+        factor = 1 + ~copies(members)[:, None] * 0.1 * units  # [f, units]
         return {**fused, "1.weight": fused["1.weight"] * factor[..., None]}
 
     assert failed(counting) == {"hidden_permutation"}
@@ -183,6 +200,11 @@ def test_a_merger_that_changes_copies_of_one_network_fails(failed):
         return {key: 1.01 * tensor.mean(1) for key, tensor in members.items()}
 
     assert failed(louder) == {"identical_members"}
+
+
+def test_members_that_are_not_aligned_fail_the_gates_that_permute_them(failed, monkeypatch):
+    monkeypatch.setattr("evaluation.gates.weight_matching", lambda families, spec: spec.identity())
+    assert {"hidden_permutation", "identical_members"} <= failed(average)
 
 
 def test_one_network_for_all_families_fails_even_if_it_is_a_member(failed):
@@ -199,11 +221,11 @@ def test_a_merger_that_puts_out_nan_fails_everything(failed):
     assert failed(nothing) == set(NAMES)
 
 
-def test_a_merger_that_puts_out_nan_for_garbage_fails_on_garbage(failed, agreement):
+def test_a_merger_that_puts_out_nan_for_garbage_fails_on_garbage(failed, trained):
     def refusing(members):
         fused = average(members)
         nothing = {key: torch.full_like(tensor, torch.nan) for key, tensor in fused.items()}
-        return select(agreement(members) > 0.2, fused, nothing)
+        return select(trained(members), fused, nothing)
 
     assert failed(refusing) == GARBAGE
 
@@ -219,7 +241,7 @@ def test_a_gate_passes_up_to_its_limit_and_never_with_nan(value, passed):
 
 
 def test_one_family_cannot_be_compared_with_another_and_does_not_pass(failed, digits_zoo):
-    assert failed(average, {k: t[:1] for k, t in digits_zoo.unseen.items()}) == {"output_cosine"}
+    assert "output_cosine" in failed(average, {k: t[:1] for k, t in digits_zoo.unseen.items()})
 
 
 def test_garbage_may_score_five_points_above_chance(judge):

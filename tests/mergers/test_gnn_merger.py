@@ -11,6 +11,7 @@ from metamerge.alignment import weight_matching
 from metamerge.errors import IncompatibleWeights
 from metamerge.mergers import probe_start
 from metamerge.mergers.gnn import disagreement, mix
+from metamerge.mergers.messages import MessageRound
 from metamerge.structure import OUTPUTS, Layout, discover_program, run, trace
 from metamerge.weights import stack
 
@@ -62,9 +63,10 @@ def test_a_merger_with_noise_on_its_parameters_is_not_the_average(case, make_mer
 # ---------------------------------------------------------------------------- symmetries
 
 
-def test_the_sparse_path_equals_the_dense_path(case, make_merger):
+def test_the_sparse_path_equals_the_dense_path(case, make_merger, monkeypatch):
     members, merger = align(case, case.members), make_merger()
     dense = merger(members, case.layout)
+    monkeypatch.delattr(MessageRound, "_dense")
     assert furthest(merger(members, case.layout, sparse=True), dense) < 1e-5
 
 
@@ -381,6 +383,53 @@ def test_a_merger_without_its_optional_parts_still_merges(case, make_merger):
     fused = bare(members, case.layout)
     assert logits(case, fused).isfinite().all()
     assert furthest(fused, average(members)) > 1e-2
+
+
+def gate_case():
+    """States, rows, biases, logits and disagreement of two families of three members."""
+    generator = seeded(7)
+    shapes = ((2, 3, 5, 12), (2, 3, 5, 6), (2, 3, 5), (2, 3, 20, 5))
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [*drawn, torch.tensor([0.3, 0.8])]
+
+
+def test_a_fresh_gate_takes_the_mean_of_the_logits(make_merger):
+    states, rows, bias, logits, spread = gate_case()
+    found = make_merger(0.0).gate(states, rows, bias, logits, spread)
+    assert torch.allclose(found, logits.mean(1), atol=1e-6)
+
+
+def test_the_gate_weighs_logits_and_not_what_a_member_adds_to_all_of_them(make_merger):
+    states, rows, bias, logits, spread = gate_case()
+    gate = make_merger(0.5).gate
+
+    def centred(logits):
+        found = gate(states, rows, bias, logits, spread)
+        return found - found.mean(-1, keepdim=True)
+
+    louder = logits + torch.tensor([0.0, 3.0, -5.0])[:, None, None]
+    assert torch.allclose(centred(louder), centred(logits), atol=1e-4)
+    plain = logits.mean(1)
+    assert not torch.allclose(centred(logits), plain - plain.mean(-1, keepdim=True), atol=0.1)
+
+
+def test_the_gate_listens_to_the_member_whose_token_scores_highest(make_merger):
+    states, rows, bias, logits, _ = gate_case()
+    gate = make_merger(0.0).gate
+    with torch.no_grad():  # one hidden unit that is 1 for the second member alone, as its level
+        gate.embed[0].weight.zero_()
+        gate.embed[0].bias.zero_()
+        gate.embed[0].weight[0, -12] = 1.0
+        for layer, unit in ((gate.mixer[0], 0), (gate.mixer[2], 0)):
+            layer.weight.zero_()
+            layer.bias.zero_()
+            layer.weight[0, unit] = 1.0
+        gate.head.weight[0, 0] = 1.0
+    states = torch.zeros_like(states)
+    states[:, 1, :, 0] = 1000.0
+    found = gate(states, rows, bias, logits, torch.ones(2))
+    own = logits[:, 1] - logits[:, 1].mean(-1, keepdim=True)
+    assert torch.allclose(found - found.mean(-1, keepdim=True), own, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------- gradients

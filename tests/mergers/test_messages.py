@@ -134,8 +134,12 @@ def test_the_mean_message_does_not_grow_with_the_fan_in():
 
 
 def test_the_sparse_path_stays_on_the_device_of_the_weights():
-    states, edges = make_graph(device="meta")  # computes shapes, and refuses to mix devices
-    found = make_round().to("meta")(states, edges, sparse=True)
+    states, edges = make_graph(device="meta")  # a device that computes nothing but shapes
+    update, seen = make_round().to("meta"), []
+    for message in (update.along, update.back):
+        message.register_forward_pre_hook(lambda _, given: seen.extend(given))
+    found = update(states, edges, sparse=True)
+    assert [tensor.device.type for tensor in seen] == ["meta"] * 6
     assert {space: state.device.type for space, state in found.items()} == dict.fromkeys(
         SIZES, "meta"
     )

@@ -64,6 +64,13 @@ def test_what_was_written_is_read(zoo):
     assert found.address("test", MEMBERS, 1) == f"{zoo.folder}#test-k2/1"
 
 
+def test_a_zoo_that_was_just_written_is_the_zoo_that_is_read(tmp_path):
+    files, rows, manifest = make()
+    manifest["options"]["members"] = (MEMBERS,)  # a tuple, which JSON does not know
+    written = write_zoo(tmp_path / "zoo", files, rows, manifest)
+    assert written == load_zoo(tmp_path / "zoo")
+
+
 def test_the_layout_is_that_of_the_networks(zoo):
     layout = zoo.layout
     assert dict(layout.spec.groups) == {"1": 3}

@@ -1,0 +1,343 @@
+from itertools import permutations
+
+import pytest
+import torch
+from torch import nn
+
+from metamerge.alignment import ALIGNMENTS, matching_cost, medoid, weight_matching
+from metamerge.alignment.weight_matching import _descend, _mean
+from metamerge.structure import Factor, PermutationSpec, discover_program, run, trace
+
+DRAWS = 20
+NOISE = 0.05  # of the standard deviation of a weight
+
+
+class Residual(nn.Module):
+    """One group on both axes of a tensor, and in three layers at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inner = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 10), nn.Linear(10, 8)
+        self.leave = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.enter(x))
+        x = torch.relu(x + self.inner(x))
+        return self.leave(x + self.down(torch.relu(self.up(x))))
+
+
+class OutOfOrder(nn.Module):
+    """Registered from the outputs to the inputs, and without biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.leave = nn.Linear(7, 3, bias=False)
+        self.second, self.first = nn.Linear(9, 7, bias=False), nn.Linear(8, 9, bias=False)
+        self.enter = nn.Linear(6, 8, bias=False)
+
+    def forward(self, x):
+        for layer in (self.enter, self.first, self.second):
+            x = torch.relu(layer(x))
+        return self.leave(x)
+
+
+MODELS = {
+    "mlp": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 12),
+            nn.ReLU(),
+            nn.Linear(12, 10),
+            nn.ReLU(),
+            nn.Linear(10, 8),
+            nn.ReLU(),
+            nn.Linear(8, 3),
+        ),
+        (6,),
+    ),
+    "cnn": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(54, 9),
+            nn.ReLU(),
+            nn.Linear(9, 3),
+        ),
+        (2, 6, 6),
+    ),
+    "residual": (Residual, (6,)),
+    "out of order": (OutOfOrder, (6,)),
+}
+
+
+class Setting:
+    """A network of the table: its program and spec, and members drawn at random."""
+
+    def __init__(self, name):
+        self.build, self.shape = MODELS[name]
+        self.program = trace(self.build(), torch.zeros(2, *self.shape))
+        self.spec = discover_program(self.program)
+
+    def draw(self, *sizes, seed=0, dtype=torch.float32):
+        """Random members of unit spread ``[*sizes, ...]``; variances are positive."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for key, tensor in self.build().state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(*sizes, *tensor.shape, generator=generator, dtype=dtype)
+                drawn[key] = noise.abs() + 0.5 if key.endswith("running_var") else noise
+        return drawn
+
+    def inputs(self, seed=0):
+        return torch.randn(64, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+    def fused(self, members, inputs, perm=None):
+        """Outputs of the aligned average of every family, ``[f, b, o]``."""
+        perm = perm or weight_matching(members, self.spec)
+        aligned = self.spec.permute(members, perm)
+        average = {key: tensor.mean(1) for key, tensor in aligned.items()}
+        return run(self.program, average, [inputs], stacked=True)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def setting(request):
+    return Setting(request.param)
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    return Setting("mlp")
+
+
+def permuted_copies(setting, count, noise, seed):
+    """Noisy copies of one network with hidden units in random order, and how they were permuted."""
+    generator = torch.Generator().manual_seed(seed)
+    origin = setting.draw(1, 1, seed=seed)
+    copies = {
+        key: t + noise * torch.randn(1, count, *t.shape[2:], generator=generator)
+        for key, t in origin.items()
+    }
+    perm = setting.spec.random(generator, (1, count))
+    return setting.spec.permute(copies, perm), perm
+
+
+def objective(members, spec, perm):
+    """Sum of squared distances to the barycentre, the slow way."""
+    aligned = spec.permute(members, perm)
+    total = torch.zeros(len(next(iter(members.values()))), dtype=torch.float64)
+    for key in spec.axes:
+        for f in range(len(total)):
+            own = aligned[key][f].double()
+            total[f] += sum((member - own.mean(0)).square().sum() for member in own)
+    return total
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_permuted_noisy_copies_are_matched_back_exactly(setting, count, seed):
+    members, given = permuted_copies(setting, count, NOISE, seed)
+    found = weight_matching(members, setting.spec)
+    for group in setting.spec.groups:
+        # What was given and what was found, one after the other, is the same for all members.
+        whole = given[group].gather(-1, found[group])
+        assert torch.equal(whole, whole[:, :1].expand_as(whole)), group
+    # Copies differ by noise of variance NOISE**2; about its mean 1 - 1/count of that is left.
+    left = objective(members, setting.spec, found) / sum(
+        members[key].numel() for key in setting.spec.axes
+    )
+    assert float(left) == pytest.approx(NOISE**2 * (1 - 1 / count), rel=0.25)
+
+
+def test_exact_copies_are_aligned_without_a_remainder(setting):
+    members, _ = permuted_copies(setting, 4, 0.0, seed=0)
+    found = weight_matching(members, setting.spec)
+    assert float(matching_cost(members, setting.spec, setting.spec.identity())) > 0.3
+    assert float(matching_cost(members, setting.spec, found)) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_members_with_one_hidden_layer_reach_the_best_of_all_permutations(seed):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    spec = discover_program(trace(model, torch.zeros(2, 3)))
+    generator = torch.Generator().manual_seed(seed)
+    members = {
+        key: torch.randn(1, 2, *t.shape, generator=generator)
+        for key, t in model.state_dict().items()
+    }
+    best = min(
+        float(objective(members, spec, {"0": torch.tensor([[[0, 1, 2, 3], order]])}))
+        for order in permutations(range(4))
+    )
+    found = float(objective(members, spec, weight_matching(members, spec)))
+    assert found == pytest.approx(best, rel=1e-6)
+
+
+def test_two_units_by_hand():
+    # Member 1 stores units 5 and 1 in the other order. Squares about the mean: (1 - 1.5)**2 twice
+    # and (5 - 5)**2, over 1 + 25 + 25 + 4; unaligned 2 * (2**2 + 1.5**2).
+    spec = PermutationSpec({"g": 2}, {"w": ((Factor("g", 2),),)}, {})
+    members = {"w": torch.tensor([[[1.0, 5.0], [5.0, 2.0]]])}
+    perm = weight_matching(members, spec)
+    aligned = spec.permute(members, perm)["w"]
+    assert aligned.tolist() in ([[[1.0, 5.0], [2.0, 5.0]]], [[[5.0, 1.0], [5.0, 2.0]]])
+    assert float(matching_cost(members, spec, perm)) == pytest.approx(0.5 / 55)
+    unaligned = matching_cost(members, spec, spec.identity())
+    assert float(unaligned) == pytest.approx(2 * (2**2 + 1.5**2) / 55)
+
+
+def test_the_cost_is_the_objective_over_the_squared_norm(setting):
+    members = setting.draw(2, 3)
+    perm = setting.spec.random(torch.Generator().manual_seed(0), (2, 3))
+    size = sum(members[key].double().square().flatten(1).sum(1) for key in setting.spec.axes)
+    expected = objective(members, setting.spec, perm) / size
+    assert torch.allclose(matching_cost(members, setting.spec, perm), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "out of order"])
+def test_no_sweep_towards_the_barycentre_raises_the_objective(name):
+    # With a group on both axes of a tensor a step is no exact minimum, so "residual" is left out.
+    setting = Setting(name)
+    origin, noise = setting.draw(3, 1, dtype=torch.float64), setting.draw(3, 6, seed=1)
+    members = {key: t + noise[key] / 2 for key, t in origin.items()}
+    start = setting.spec.random(torch.Generator().manual_seed(0), (3, 1))
+    aligned = setting.spec.identity()
+    perm = {  # the first of six members is out of order
+        group: torch.cat([index, aligned[group].expand(3, 5, -1)], 1)
+        for group, index in start.items()
+    }
+    costs = [objective(members, setting.spec, perm)]
+    for _ in range(12):
+        perm = _descend(members, setting.spec, perm, 1, _mean)
+        costs.append(objective(members, setting.spec, perm))
+    costs = torch.stack(costs)
+    assert (costs[1:] <= costs[:-1] * (1 + 1e-12)).all()
+    assert (costs[-1] < 0.9 * costs[0]).all()
+
+
+def test_the_search_has_come_to_rest(setting):
+    members = setting.draw(2, 3)
+    perm = weight_matching(members, setting.spec)
+    exact = {key: members[key].double() for key in setting.spec.axes}
+    again = _descend(exact, setting.spec, perm, 1, _mean)
+    longer = weight_matching(members, setting.spec, sweeps=60)
+    for group in setting.spec.groups:
+        assert torch.equal(again[group], perm[group])
+        assert torch.equal(longer[group], perm[group])
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_independent_members_come_closer_than_they_were(setting, count):
+    members = setting.draw(DRAWS, count)
+    found = objective(members, setting.spec, weight_matching(members, setting.spec))
+    before = objective(members, setting.spec, setting.spec.identity())
+    assert (found < before).all()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_neither_the_order_of_members_nor_that_of_their_units_changes_the_merged_function(
+    setting, count
+):
+    members, inputs = setting.draw(DRAWS, count), setting.inputs()
+    generator = torch.Generator().manual_seed(1)
+    expected = setting.fused(members, inputs)
+    size = (expected - expected.mean(1, keepdim=True)).flatten(1).norm(dim=1)
+
+    def differences(other):
+        return (setting.fused(other, inputs) - expected).flatten(1).norm(dim=1) / size
+
+    order = torch.randperm(count, generator=generator)
+    assert differences({key: t[:, order] for key, t in members.items()}).max() < 1e-4
+    perm = setting.spec.random(generator, (DRAWS, count))
+    assert differences(setting.spec.permute(members, perm)).max() < 1e-4
+    # That would not hold of any alignment: it fails for the plain average.
+    plain = setting.fused(setting.spec.permute(members, perm), inputs, setting.spec.identity())
+    unaligned = setting.fused(members, inputs, setting.spec.identity())
+    assert ((plain - unaligned).flatten(1).norm(dim=1) / size).min() > 1e-2
+
+
+def test_families_are_matched_independently_of_each_other(setting):
+    members = setting.draw(4, 3)
+    together = weight_matching(members, setting.spec)
+    for f in range(4):
+        alone = weight_matching({key: t[f : f + 1] for key, t in members.items()}, setting.spec)
+        for group in setting.spec.groups:
+            assert torch.equal(together[group][f], alone[group][0])
+
+
+def test_one_member_stays_as_it_is(setting):
+    members = setting.draw(2, 1)
+    perm = weight_matching(members, setting.spec)
+    for group, n in setting.spec.groups.items():
+        assert torch.equal(perm[group], torch.arange(n).expand(2, 1, n))
+    assert torch.equal(matching_cost(members, setting.spec, perm), torch.zeros(2).double())
+
+
+def test_identical_members_stay_aligned(setting):
+    members = {key: t.expand(1, 3, *t.shape[2:]) for key, t in setting.draw(1, 1).items()}
+    perm = weight_matching(members, setting.spec)
+    for index in perm.values():
+        assert torch.equal(index, index[:, :1].expand_as(index))
+
+
+def test_every_index_is_a_permutation_with_an_axis_of_families_and_members(setting):
+    perm = weight_matching(setting.draw(2, 3), setting.spec)
+    assert list(perm) == list(setting.spec.groups)
+    for group, n in setting.spec.groups.items():
+        assert perm[group].shape == (2, 3, n)
+        assert torch.equal(perm[group].sort(-1).values, torch.arange(n).expand(2, 3, n))
+
+
+def test_members_stay_as_they_are(setting):
+    members = setting.draw(2, 3)
+    before = {key: tensor.clone() for key, tensor in members.items()}
+    perm = weight_matching(members, setting.spec)
+    matching_cost(members, setting.spec, perm)
+    medoid(members, setting.spec)
+    assert all(torch.equal(members[key], before[key]) for key in before)
+
+
+def test_the_result_does_not_hang_on_the_global_seed(setting):
+    members = setting.draw(2, 3)
+    torch.manual_seed(0)
+    first = weight_matching(members, setting.spec)
+    torch.manual_seed(1)
+    second = weight_matching(members, setting.spec)
+    assert all(torch.equal(first[group], second[group]) for group in first)
+
+
+def test_the_medoid_is_the_same_member_in_any_order_of_members_and_units(setting):
+    members = setting.draw(DRAWS, 5)
+    generator = torch.Generator().manual_seed(1)
+    expected = medoid(members, setting.spec)
+    perm = setting.spec.random(generator, (DRAWS, 5))
+    assert torch.equal(medoid(setting.spec.permute(members, perm), setting.spec), expected)
+    order = torch.randperm(5, generator=generator)
+    moved = medoid({key: t[:, order] for key, t in members.items()}, setting.spec)
+    assert torch.equal(order[moved], expected)
+    assert len(expected.unique()) > 1  # not always the first
+
+
+def test_the_medoid_is_the_member_between_the_others(mlp):
+    # Members 0, 1 and 4 times apart along a line: the second is nearest to all.
+    one, step = mlp.draw(1, 1, seed=0), mlp.draw(1, 1, seed=1)
+    members = {
+        key: torch.cat([one[key] + 0.02 * far * step[key] for far in (0.0, 1.0, 4.0)], 1)
+        for key in one
+    }
+    perm = mlp.spec.random(torch.Generator().manual_seed(0), (1, 3))
+    assert medoid(mlp.spec.permute(members, perm), mlp.spec).tolist() == [1]
+
+
+def test_a_network_without_groups_has_nothing_to_permute():
+    spec = discover_program(trace(nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3)))
+    members = {"0.weight": torch.randn(2, 3, 2, 3), "0.bias": torch.randn(2, 3, 2)}
+    assert weight_matching(members, spec) == {}
+
+
+def test_the_alignment_is_found_by_its_name():
+    assert ALIGNMENTS["weight_matching"] is weight_matching

@@ -1,0 +1,245 @@
+import pytest
+import torch
+from torch import nn
+
+from metamerge.structure import Execution, lockstep, run, trace
+
+COUNT = 3  # networks that run side by side
+
+
+def member(stacked, index):
+    return {key: tensor[index] for key, tensor in stacked.items()}
+
+
+def assert_same(found, expected):
+    """Equal up to sums in another order: some 100 terms at most, each rounded to 1e-16 of it."""
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < 1e-12 * (1 + float(expected.abs().max()))
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Operators that were mapped over the networks one by one."""
+    seen = []
+    original = lockstep._mapped
+
+    def spy(op, args, kwargs):
+        seen.append(op)
+        return original(op, args, kwargs)
+
+    monkeypatch.setattr(lockstep, "_mapped", spy)
+    return seen
+
+
+def test_one_network_agrees_with_its_module(network):
+    weights, inputs = network.weights(), network.inputs(4)
+    found = run(network.program, weights, [inputs])
+    assert_same(found, network.outputs(weights, inputs))
+
+
+def test_stacked_networks_agree_with_a_loop_over_modules_on_shared_inputs(network):
+    weights, inputs = network.weights(COUNT), network.inputs(4)
+    found = run(network.program, weights, [inputs], stacked=True)
+    expected = [network.outputs(member(weights, n), inputs) for n in range(COUNT)]
+    assert_same(found, torch.stack(expected))
+
+
+def test_stacked_networks_agree_with_a_loop_over_modules_on_inputs_of_their_own(network):
+    weights, inputs = network.weights(COUNT), network.inputs(COUNT, 4)
+    found = run(network.program, weights, [inputs], stacked=True, own_inputs=True)
+    expected = [network.outputs(member(weights, n), inputs[n]) for n in range(COUNT)]
+    assert_same(found, torch.stack(expected))
+
+
+def test_one_network_reads_many_sets_of_inputs(network):
+    weights, inputs = network.weights(), network.inputs(COUNT, 4)
+    found = run(network.program, weights, [inputs], own_inputs=True)
+    expected = [network.outputs(weights, own) for own in inputs]
+    assert_same(found, torch.stack(expected))
+
+
+def test_a_stack_of_one_has_its_axis(network):
+    weights, inputs = network.weights(1), network.inputs(4)
+    found = run(network.program, weights, [inputs], stacked=True)
+    assert_same(found, network.outputs(member(weights, 0), inputs)[None])
+
+
+def test_gradients_of_stacked_weights_are_those_of_every_network_alone(network):
+    weights, inputs = network.weights(COUNT), network.inputs(4)
+    model = network.build().double().eval()
+    read = {key for key, _ in model.named_parameters()}
+    leaves = {key: t.requires_grad_() if key in read else t for key, t in weights.items()}
+    outputs = run(network.program, leaves, [inputs], stacked=True)
+    direction = torch.randn(
+        outputs.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
+    (outputs * direction).sum().backward()
+    for n in range(COUNT):
+        own = {
+            key: t.detach().clone().requires_grad_(key in read)
+            for key, t in member(weights, n).items()
+        }
+        (torch.func.functional_call(model, own, (inputs,)) * direction[n]).sum().backward()
+        for key in read:
+            assert_same(leaves[key].grad[n], own[key].grad)
+
+
+def test_gradients_reach_the_inputs(network):
+    weights, inputs = network.weights(COUNT), network.inputs(4).requires_grad_()
+    run(network.program, weights, [inputs], stacked=True).square().sum().backward()
+    expected = torch.zeros_like(inputs)
+    model = network.build().double().eval()
+    for n in range(COUNT):
+        own = inputs.detach().clone().requires_grad_()
+        torch.func.functional_call(model, member(weights, n), (own,)).square().sum().backward()
+        expected += own.grad
+    assert_same(inputs.grad, expected)
+
+
+def test_values_are_freed_after_their_last_use(network):
+    weights, inputs = network.weights(COUNT), network.inputs(4)
+    execution = Execution(network.program, weights, [inputs], stacked=True)
+    nodes = network.program.nodes
+    for i, node in enumerate(nodes):
+        execution.step(node)
+        made = {*network.program.inputs, *(earlier.name for earlier in nodes[: i + 1])}
+        needed = {network.program.output}.union(*(later.refs for later in nodes[i + 1 :]))
+        assert set(execution.values) == made & needed
+    assert set(execution.values) == {network.program.output}
+
+
+def test_a_peek_stores_and_frees_nothing(networks):
+    network = networks["mlp"]
+    weights, inputs = network.weights(COUNT), network.inputs(4)
+    execution = Execution(network.program, weights, [inputs], stacked=True)
+    for node in network.program.nodes:
+        before = dict(execution.values)
+        peeked = execution.peek(node)
+        assert execution.values == before
+        assert torch.equal(peeked.value, execution.step(node).value)
+
+
+def test_weights_may_be_filled_while_the_pass_goes_on(networks):
+    network = networks["mlp"]
+    weights, inputs = network.weights(COUNT), network.inputs(4)
+    expected = run(network.program, weights, [inputs], stacked=True)
+    late = {}
+    execution = Execution(network.program, late, [inputs], stacked=True)
+    for node in network.program.nodes:
+        for ref in node.refs:
+            if ref in network.program.parameters:
+                key = network.program.parameters[ref]
+                late[key] = weights[key]
+        execution.step(node)
+    assert torch.equal(execution.output(), expected)
+
+
+def test_the_first_layer_reads_shared_inputs_without_a_copy_per_network(networks):
+    network = networks["mlp"]
+    inputs = network.inputs(4)
+    execution = Execution(network.program, network.weights(COUNT), [inputs], stacked=True)
+    first = network.program.nodes[0]
+    lane = execution.argument(first, 0)
+    assert lane.value is inputs
+    assert not lane.stacked
+    assert execution.step(first).stacked
+
+
+def test_inputs_and_weights_stay_as_they_are(network):
+    weights, inputs = network.weights(COUNT), network.inputs(4)
+    before = {key: tensor.clone() for key, tensor in weights.items()}, inputs.clone()
+    run(network.program, weights, [inputs], stacked=True)
+    assert all(torch.equal(before[0][key], tensor) for key, tensor in weights.items())
+    assert torch.equal(before[1], inputs)
+
+
+def test_running_statistics_are_those_of_each_network_and_do_not_change(networks):
+    network = networks["mlp with batch normalisation"]
+    weights = network.weights(COUNT)
+    statistics = weights["1.running_mean"].clone()
+    rows = network.inputs(8)
+    together = run(network.program, weights, [rows], stacked=True)
+    alone = run(network.program, weights, [rows[:1]], stacked=True)
+    assert_same(together[:, :1], alone)  # a row does not depend on those beside it
+    assert torch.equal(weights["1.running_mean"], statistics)
+
+
+@pytest.mark.parametrize(
+    ("name", "slow", "fast"),
+    [
+        ("conv1d", "conv1d.default", "max_pool1d.default"),
+        ("depthwise", "conv2d.default", "batch_norm.default"),
+        ("conv3d", "conv3d.default", "flatten.using_ints"),
+        ("residual", "add.Tensor", "linear.default"),
+        ("mlp without biases", "softmax.int", "gelu.default"),
+        ("mlp with layer normalisation and dropout", "layer_norm.default", "linear.default"),
+        ("batch normalisation without running statistics", "batch_norm.default", "selu.default"),
+    ],
+)
+def test_operators_without_a_batched_form_are_mapped_over_the_networks(
+    networks, mapped, name, slow, fast
+):
+    network = networks[name]
+    ops = [node.op for node in network.program.nodes]
+    run(network.program, network.weights(COUNT), [network.inputs(4)], stacked=True)
+    assert {slow, fast} <= set(ops)
+    assert slow in mapped
+    assert fast not in mapped
+
+
+def test_linear_maps_and_convolutions_are_never_mapped(networks, mapped):
+    network = networks["conv2d with batch normalisation and flatten"]
+    run(network.program, network.weights(COUNT), [network.inputs(4)], stacked=True)
+    assert mapped == []
+
+
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_lists_of_tensors_are_mapped_whether_stacked_or_shared(make_network, own_inputs):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.leave = nn.Linear(4, 6), nn.Linear(10, 3)
+
+        def forward(self, x):
+            return self.leave(torch.cat([torch.relu(self.inner(x)), x], 1))
+
+    network = make_network(Joined, (4,))
+    weights = network.weights(COUNT)
+    inputs = network.inputs(COUNT, 5) if own_inputs else network.inputs(5)
+    found = run(network.program, weights, [inputs], stacked=True, own_inputs=own_inputs)
+    expected = [
+        network.outputs(member(weights, n), inputs[n] if own_inputs else inputs)
+        for n in range(COUNT)
+    ]
+    assert_same(found, torch.stack(expected))
+
+
+def test_outputs_that_no_weight_reaches_are_given_once_per_stack():
+    program = trace(nn.Flatten(), torch.zeros(2, 2, 3))
+    inputs = torch.ones(4, 2, 3)
+    assert run(program, {}, [inputs]).shape == (4, 6)
+    assert run(program, {}, [inputs], stacked=True).shape == (1, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2},
+        {"stride": (1, 2), "padding": (2, 0)},
+        {"dilation": (2, 1), "bias": False},
+        {"kernel_size": (1, 3), "padding": (0, 1)},
+    ],
+)
+def test_convolutions_of_all_kinds_agree_with_the_module(make_network, options):
+    options = {"kernel_size": 3, **options}
+    network = make_network(lambda: nn.Sequential(nn.Conv2d(2, 3, **options)), (2, 7, 8))
+    weights, inputs = network.weights(COUNT), network.inputs(2)
+    found = run(network.program, weights, [inputs], stacked=True)
+    expected = [network.outputs(member(weights, n), inputs) for n in range(COUNT)]
+    assert_same(found, torch.stack(expected))
+
+
+def test_a_number_of_inputs_that_does_not_fit_is_refused(networks):
+    network = networks["mlp"]
+    with pytest.raises(ValueError, match="argument"):
+        run(network.program, network.weights(), [network.inputs(2), network.inputs(2)])

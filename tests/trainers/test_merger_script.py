@@ -1,0 +1,291 @@
+"""The merger's training as users start it: real processes, kills, resumes, two ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from evaluation.metrics import accuracy
+from metamerge import merge
+from metamerge.checkpoints import read_checkpoints
+from metamerge.errors import ConfigError
+from metamerge.mergers import load_merger, read_card
+from metamerge.weights import stack
+from trainers.merger import MergerOptions, fingerprint, main
+from zoo.build import ZooOptions, build, options_from, split_of
+from zoo.training import predict
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "trainers" / "merger.py")
+CONFIG = ("--config_file", str(ROOT / "accelerate_config.yaml"))
+STEPS, SAVE_EVERY = 60, 5
+SMALL = (
+    *("--probes", "32", "--width", "8", "--rank", "2", "--families", "6", "--images", "128"),
+    *("--steps", str(STEPS), "--eval-every", "20", "--save-every", str(SAVE_EVERY)),
+)
+
+pytestmark = pytest.mark.xdist_group("merger_script")
+
+
+def start(folder, *arguments, launcher=CONFIG, **settings):
+    """``accelerate launch`` in a folder of its own, as a process group of its own."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "COLUMNS": "200",
+    }
+    for name in ("OMP_NUM_THREADS", "WORLD_SIZE", "ACCELERATE_USE_CPU"):
+        environment.pop(name, None)
+    accelerate = Path(sys.executable).with_name("accelerate")
+    return subprocess.Popen(
+        [accelerate, "launch", *launcher, SCRIPT, *arguments],
+        cwd=folder,
+        env=environment | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def launch(folder, *arguments, **settings):
+    process = start(folder, *arguments, **settings)
+    out, err = process.communicate(timeout=200)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def weights_of(folder):
+    return read_checkpoints(folder)[0].weights
+
+
+def assert_bit_equal(one, other):
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def zoo(place):
+    return build(
+        ZooOptions(
+            out=str(place / "zoo"),
+            widths=(16,),
+            segment_size=150,
+            members=(2, 3),
+            train_families=12,
+            validation_families=8,
+            test_families=2,
+            epochs=15.0,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(place, zoo):
+    """One training that nothing interrupts."""
+    done = launch(place, "--zoo", str(zoo.folder), "--out", "whole", *SMALL)
+    assert done.code == 0, done.err
+    return SimpleNamespace(folder=place / "whole", out=done.out, card=read_card(place / "whole"))
+
+
+@pytest.fixture(scope="module")
+def killed(place, zoo):
+    """The folder that a training leaves whose processes are killed half-way."""
+    process = start(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
+    latest = place / "killed.state" / "LATEST"
+    try:
+        until = time.monotonic() + 120
+        while not latest.exists() or int(latest.read_text()[-8:]) < 3 * SAVE_EVERY:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (place / "killed").exists()
+    reached = int(latest.read_text()[-8:])
+    assert 3 * SAVE_EVERY <= reached < STEPS
+    shutil.copytree(place / "killed.state", place / "damaged.state")
+    return SimpleNamespace(reached=reached)
+
+
+def runs(place, name):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "metamerge"]
+    found = client.search_runs([experiment.experiment_id])
+    return client, [run for run in found if run.info.run_name == name]
+
+
+# ------------------------------------------------------------------------------- one training
+
+
+def test_a_training_writes_a_merger_and_says_so(trained, zoo):
+    told = " ".join(trained.out.split())
+    accuracy = trained.card["validation"]["validation_accuracy"]
+    assert f"whole: validation accuracy {accuracy:.3f}" in told
+    assert "gates all" in told
+    merged = merge(zoo.address("test", 3, 0), merger=trained.folder)
+    assert merged.report["method"] == "gnn"
+    assert load_merger(trained.folder).config.input_shape == (1, 8, 8)
+
+
+def test_a_trained_merger_beats_the_average_that_it_started_as(trained, zoo):
+    inputs, targets = split_of(options_from(zoo.options)).images("validation")
+    averages = stack(
+        [merge(zoo.address("validation", 3, f), method="average").weights for f in range(8)]
+    )
+    start = float(accuracy(predict(zoo.layout.program, averages, inputs), targets).mean())
+    assert trained.card["validation"]["validation_accuracy_k3"] > start + 0.05
+
+
+def test_the_card_says_where_a_merger_comes_from(trained, zoo):
+    card = trained.card
+    assert card["options"]["probes"] == 32
+    assert card["options"]["steps"] == STEPS
+    assert card["zoo"]["digest"] == zoo.digest
+    assert card["zoo"]["options"] == zoo.options
+    assert card["zoo"]["task"]["name"] == "digits"
+    assert 0 < card["step"] <= STEPS
+    assert card["seconds"] > 0
+    sizes = {f"validation_accuracy_k{members}" for members in (2, 3)}
+    assert card["validation"].keys() > sizes
+    assert json.loads(json.dumps(card)) == card
+
+
+def test_every_gate_was_measured_and_passed(trained):
+    assert trained.card["gates"].keys() == {"k2", "k3"}
+    for gates in trained.card["gates"].values():
+        assert len(gates) >= 6
+        assert [gate["name"] for gate in gates if not gate["passed"]] == []
+        assert all(gate["value"] <= gate["limit"] for gate in gates)
+
+
+def test_the_run_in_mlflow_holds_options_and_curves(trained, place):
+    client, (run,) = runs(place, "train whole")
+    assert run.info.status == "FINISHED"
+    assert run.info.run_id == trained.card["run"]
+    assert run.data.params["probes"] == "32"
+    assert run.data.params["processes"] == "1"
+    curve = client.get_metric_history(run.info.run_id, "validation_accuracy")
+    assert [point.step for point in curve] == [20, 40, 60]
+    best = max(point.value for point in curve)
+    assert best == pytest.approx(trained.card["validation"]["validation_accuracy"])
+
+
+def test_other_options_are_not_resumed_and_nothing_is_touched(trained, zoo, place):
+    before = weights_of(trained.folder)
+    arguments = ("--zoo", str(zoo.folder), "--out", "whole", *SMALL, "--lr", "0.1")
+    done = launch(place, *arguments, "--no-tracking")
+    assert done.code != 0
+    told = " ".join(done.err.split())
+    assert "whole.state/step-00000060 was written with other options or another zoo" in told
+    assert "Choose another --out, or delete whole.state to start again." in told
+    assert_bit_equal(weights_of(trained.folder), before)
+
+
+# ------------------------------------------------------------------------------- kills
+
+
+def test_a_killed_training_resumes_and_ends_with_the_same_bits(trained, killed, zoo, place):
+    done = launch(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
+    assert done.code == 0, done.err
+    assert f"resumed at step {killed.reached} of {STEPS}" in done.out
+    assert_bit_equal(weights_of(place / "killed"), weights_of(trained.folder))
+    card = read_card(place / "killed")
+    assert card["validation"] == trained.card["validation"]
+    assert card["step"] == trained.card["step"]
+    assert card["gates"] == trained.card["gates"]
+
+
+def test_a_resumed_training_goes_on_in_its_run(killed, place):
+    client, (run,) = runs(place, "train killed")  # one run, not two
+    assert run.info.status == "FINISHED"
+    curve = client.get_metric_history(run.info.run_id, "loss")
+    assert [point.step for point in curve] == [20, 40, 60]
+
+
+def test_a_damaged_newest_state_costs_a_few_steps_and_no_bit(trained, killed, zoo, place):
+    newest = place / "damaged.state" / f"step-{killed.reached:08d}"
+    (newest / "manifest.json").write_text("")
+    done = launch(place, "--zoo", str(zoo.folder), "--out", "damaged", *SMALL, "--no-tracking")
+    assert done.code == 0, done.err
+    assert f"resumed at step {killed.reached - SAVE_EVERY} of {STEPS}" in done.out
+    assert_bit_equal(weights_of(place / "damaged"), weights_of(trained.folder))
+
+
+# ------------------------------------------------------------------------------- processes
+
+
+def test_two_processes_reach_what_one_reaches(trained, zoo, place):
+    done = launch(
+        place,
+        *("--zoo", str(zoo.folder), "--out", "two", *SMALL, "--no-tracking"),
+        launcher=(*CONFIG, "--multi_gpu", "--num_processes", "2"),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.code == 0, done.err
+    assert done.out.count("gates all") == 1  # one of the two speaks
+    card = read_card(place / "two")
+    for key in ("validation_accuracy", "validation_accuracy_k2", "validation_accuracy_k3"):
+        assert card["validation"][key] == pytest.approx(trained.card["validation"][key], abs=0.02)
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def test_a_launch_without_a_config_file_works(place):
+    done = launch(place, "--help", launcher=())
+    assert done.code == 0, done.err
+    told = " ".join(done.out.split())
+    assert "usage: accelerate launch trainers/merger.py" in told
+    assert "learned probe inputs that layers are refitted on (default: 256)" in told
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--step", "3"], "unknown option '--step'. Did you mean --steps?"),
+        (["--steps", "0"], "steps: expected more than 0, got 0"),
+        (["--prior", "4"], "prior: expected 0 or an odd number, got 4"),
+        (["--save-every", "0"], "save_every: expected at least 1"),
+        (["--reference", "median"], "reference: got 'median'"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_make_no_sense_end_with_code_2(monkeypatch, capsys, arguments, told):
+    assert command(monkeypatch, *arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_bad_options_are_refused_from_python_too():
+    with pytest.raises(ConfigError, match="steps"):
+        MergerOptions(steps=0)
+
+
+def test_where_a_run_lies_and_how_often_it_saves_does_not_shape_the_result(zoo):
+    mark = fingerprint(MergerOptions(), zoo)
+    moved = MergerOptions(zoo="a", out="b", tracking=False, experiment="c", save_every=7)
+    assert fingerprint(moved, zoo) == mark
+    assert fingerprint(MergerOptions(seed=1), zoo) != mark
