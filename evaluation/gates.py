@@ -72,6 +72,8 @@ def collapse_gates(
     shuffled_copies = layout.spec.permute(copies, _hidden(copies, layout, generator))
     score = _score(fused, accuracy(fused, targets))
     moved = _score(other, accuracy_relabelled(other, labels, targets))
+    ignorant, lost = _forget(families, layout, classes, generator)
+    recalled = judge(ignorant)
     gaussian, shuffled = judge(_noise(families, generator)), judge(_shuffled(families, generator))
     return [
         Gate("garbage_gaussian", _score(gaussian, accuracy(gaussian, targets)), chance + 0.05),
@@ -89,6 +91,7 @@ def collapse_gates(
             _relative(judge(shuffled_copies), predict(layout.program, single, inputs)),
             1e-3,
         ),
+        Gate("unknown_class", _score(recalled, recall(recalled, lost, targets)), chance + 0.2),
     ]
 
 
@@ -107,6 +110,22 @@ def accuracy_relabelled(logits: Tensor, labels: Tensor, targets: Tensor) -> Tens
     return (named == targets).float().mean(1)
 
 
+def recall(logits: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
+    """Share of the images of one class per network that the network recognises.
+
+    Args:
+        logits: ``[f, b, c]``.
+        classes: The class that each network is asked for, ``[f]``.
+        targets: ``[b]``.
+
+    Returns:
+        ``[f]``.
+    """
+    asked = targets == classes[:, None]  # [f, b]
+    found = logits.argmax(-1) == classes[:, None]
+    return (asked & found).sum(1) / asked.sum(1)
+
+
 class _Judge:
     """Align, merge, run."""
 
@@ -117,6 +136,26 @@ class _Judge:
         spec = self.layout.spec
         fused = self.merge(spec.permute(families, weight_matching(families, spec)))
         return predict(self.layout.program, fused, self.inputs)
+
+
+def _forget(
+    families: Weights, layout: Layout, classes: int, generator: torch.Generator
+) -> tuple[Weights, Tensor]:
+    """Make all members of a family forget one class: its row becomes the mean of the others."""
+    # A merger that knows the task by heart and reads but the names of the classes from its members
+    # passes every other gate; here it names a class that no member knows.
+    count, members = next(iter(families.values())).shape[:2]
+    lost = torch.randint(classes, (count,), generator=generator)
+    ignorant = dict(families)
+    for layer in layout.producers(OUTPUTS):
+        for key in filter(None, (layer.weight, layer.bias)):
+            tensor = families[key]
+            shape = (count, members, 1, *tensor.shape[3:])
+            place = lost.reshape(-1, *[1] * (tensor.ndim - 1)).expand(shape).to(tensor.device)
+            own = tensor.gather(2, place)
+            others = (tensor.sum(2, keepdim=True) - own) / (classes - 1)
+            ignorant[key] = tensor.scatter(2, place, others)
+    return ignorant, lost
 
 
 def _hidden(families: Weights, layout: Layout, generator: torch.Generator) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 
-from evaluation.gates import Gate, accuracy_relabelled, collapse_gates
+from evaluation.gates import Gate, accuracy_relabelled, collapse_gates, recall
 from evaluation.metrics import accuracy, family_logits
 from zoo.training import init_networks, predict, train_networks
 
@@ -19,6 +20,7 @@ NAMES = [
     "hidden_permutation",
     "member_order",
     "identical_members",
+    "unknown_class",
 ]
 GARBAGE = {"garbage_gaussian", "garbage_shuffled"}
 
@@ -144,7 +146,28 @@ def test_a_merger_that_memorises_labels_fails_when_they_are_renamed(failed, kept
         # No constant network: garbage gives garbage, and copies of one network give it back.
         return select(trained(members) & ~copies(members), kept, average(members))
 
-    assert failed(memory) == {"label_permutation", "output_cosine"}
+    assert failed(memory) == {"label_permutation", "output_cosine", "unknown_class"}
+
+
+def test_a_merger_that_reads_but_the_names_of_classes_names_one_that_no_member_knows(
+    failed, kept, trained, digits_zoo
+):
+    program, inputs = digits_zoo.layout.program, digits_zoo.objective[0]
+    known = F.one_hot(predict(program, kept, inputs)[0].argmax(-1), 10).float()  # [b, c]
+
+    def decoder(members):
+        vote = family_logits(program, members, inputs).softmax(-1).mean(1)  # [f, b, c]
+        fit = torch.einsum("bk,fbc->fkc", known, vote)
+        fit = fit / fit.sum(1, keepdim=True)
+        names = torch.stack([torch.tensor(linear_sum_assignment(-f.numpy())[1]) for f in fit])
+        order = names.argsort(-1)  # row of the kept network for every class of the family
+        own = {key: t.expand(len(fit), *t.shape[1:]) for key, t in kept.items()}
+        own |= {
+            key: torch.stack([kept[key][0][o] for o in order]) for key in ("3.weight", "3.bias")
+        }
+        return select(trained(members) & ~copies(members), own, average(members))
+
+    assert failed(decoder) == {"unknown_class"}
 
 
 def test_a_merger_that_falls_back_on_a_network_of_its_own_fails_on_garbage(failed, kept, trained):
@@ -247,6 +270,12 @@ def test_one_family_cannot_be_compared_with_another_and_does_not_pass(failed, di
 def test_garbage_may_score_five_points_above_chance(judge):
     limits = {gate.name: gate.limit for gate in judge(average)}
     assert all(limits[name] == pytest.approx(0.15) for name in GARBAGE)
+
+
+def test_recall_of_one_class_by_hand():
+    logits = torch.tensor([[[9.0, 1.0], [2.0, 5.0], [7.0, 0.0]]]).expand(2, -1, -1)  # 0 1 0
+    targets = torch.tensor([0, 0, 1])
+    assert recall(logits, torch.tensor([0, 1]), targets).tolist() == [0.5, 0.0]
 
 
 def test_renamed_classes_are_counted_under_their_own_names():
