@@ -6,6 +6,7 @@ family's members is scored beside its controls; the table goes to the terminal, 
 """
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ from zoo.parts import TaskSplit
 from zoo.store import Zoo, load_zoo
 from zoo.training import predict
 
-SCRATCH_SEED = 2_000_000_011  # inits of controls: beyond those of any zoo
+SCRATCH_SEED = 2**62  # inits of controls: beyond those of any zoo
+HELD_BACK = ("task", "seed", "objective")  # options that decide which images a merger never saw
 
 
 @dataclass(frozen=True)
@@ -229,13 +231,13 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
     """
     merger, card = load_merger(options.merger), read_card(options.merger)
     zoo = _zoo(options, card, console)
-    sizes = options.members or zoo.sizes
+    sizes = tuple(dict.fromkeys(options.members)) or zoo.sizes
     unknown = sorted(set(sizes) - set(zoo.sizes))
     if unknown:
         raise ConfigError(
             f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}."
         )
-    split = split_of(options_from(zoo.options))
+    split = split_of(zoo)
     with track(
         f"compare {zoo.manifest['task']['name']}",
         options={**asdict(options), "zoo_digest": zoo.digest},
@@ -274,9 +276,17 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
 
 
 def _zoo(options: CompareOptions, card: dict[str, Any], console: Console) -> Zoo:
-    if options.zoo:
-        return load_zoo(options.zoo)
-    return build_with_progress(options_from(card["zoo"]["options"]), console)
+    told = card["zoo"]["options"]
+    if not options.zoo:
+        return build_with_progress(options_from(told), console)
+    zoo = load_zoo(options.zoo)
+    differ = [name for name in HELD_BACK if zoo.options[name] != told[name]]
+    if differ:
+        raise ConfigError(
+            f"zoo: {zoo.folder} differs from the merger's zoo in {', '.join(differ)}, so its test "
+            "images may be among those that the merger was trained on. Build one with the same."
+        )
+    return zoo
 
 
 def _without_residual(merger: GNNMerger) -> GNNMerger:
@@ -360,7 +370,8 @@ def main() -> None:
     try:
         compare(options, terminal())
     except MetaMergeError as error:
-        raise SystemExit(f"compare: {error}") from error
+        print(f"compare: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
 
 
 if __name__ == "__main__":

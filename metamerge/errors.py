@@ -1,6 +1,7 @@
 """Every error that metamerge raises on purpose, in one tree.
 
-A message says what is wrong, in which file and tensor, what was expected, what was found, and the way out.
+A message says what is wrong, in which file and tensor, what was expected, what was found, and the
+way out.
 """
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from metamerge import merge, registry
+from metamerge.alignment import weight_matching
 from metamerge.checkpoints import Checkpoint, save_checkpoint
 from metamerge.errors import (
     ConfigError,
@@ -29,6 +30,7 @@ from metamerge.errors import (
 )
 from metamerge.mergers.files import save_merger
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
+from metamerge.refit import refit
 from metamerge.registry import merge_method
 from metamerge.repair import repair
 from metamerge.structure import (
@@ -432,6 +434,17 @@ def test_tied_weights_stay_tied():
     assert torch.equal(module.head.weight, merged.weights["head.weight"])
 
 
+def test_ties_hold_whatever_a_method_does(register):
+    @register()
+    def by_name(weights):
+        """Give every tensor a value that depends on its name."""
+        return {key: torch.full_like(t, float(len(key))) for key, t in weights[0].items()}
+
+    merged = merge([Tied(0), Tied(1)], method="by_name").weights
+    assert torch.equal(merged["head.weight"], merged["alias.weight"])
+    assert merged["hidden.weight"].unique().tolist() == [len("hidden.weight")]
+
+
 @pytest.mark.parametrize("kept", ["head", "alias"])
 def test_tied_weights_may_be_stored_once(kept):
     dropped = "alias" if kept == "head" else "head"
@@ -517,15 +530,19 @@ def test_a_correction_brings_the_variance_back(correct):
     assert 0.8 < done["variance_ratio"]["1.weight"] <= 1.001
 
 
-def test_repair_is_applied_to_the_aligned_average():
+@pytest.mark.parametrize("align", [None, "weight_matching"])
+@pytest.mark.parametrize("correct", [repair, refit])
+def test_members_are_corrected_towards_as_they_were_averaged(correct, align):
     nets = [network(seed) for seed in range(3)]
-    merged = merge(nets, method="average", align=None, correct="repair", batches=inputs())
     program = trace(nets[0], inputs(2))
     layout = Layout.of(program, discover_program(program))
     members = {key: t[None] for key, t in stack([net.state_dict() for net in nets]).items()}
+    if align:
+        members = layout.spec.permute(members, weight_matching(members, layout.spec))
     mean = {key: t.mean(1) for key, t in members.items()}
-    expected = {key: t[0] for key, t in repair(mean, members, layout, inputs()).items()}
-    assert_same(merged.weights, expected, **REORDERED)
+    expected = {key: t[0] for key, t in correct(mean, members, layout, inputs()).items()}
+    options = {"align": align, "correct": correct.__name__, "batches": inputs()}
+    assert_same(merge(nets, method="average", **options).weights, expected, **REORDERED)
 
 
 @pytest.mark.parametrize("correct", ["repair", "refit"])

@@ -8,6 +8,7 @@ segments nor inits with training families.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from metamerge.mergers import (
 from metamerge.structure import Layout, run
 from trainers.families import Families, load_families
 from trainers.resume import load_state, optimizer_tensors, restore_optimizer, save_state
-from zoo.build import ZooOptions, build_with_progress, options_from, split_of
+from zoo.build import ZooOptions, build_with_progress, split_of
 from zoo.options import parse
 from zoo.parts import TaskSplit
 from zoo.store import Zoo, load_zoo
@@ -189,7 +190,8 @@ def main() -> None:
     try:
         train(options, accelerator)
     except MetaMergeError as error:
-        raise SystemExit(f"merger: {error}") from error
+        print(f"merger: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
     finally:
         accelerator.end_training()
 
@@ -199,7 +201,7 @@ def train(options: MergerOptions, accelerator: Accelerator) -> None:
     console = Console(quiet=not accelerator.is_main_process)
     with accelerator.main_process_first():
         zoo = load_zoo(options.zoo) if options.zoo else build_with_progress(ZooOptions(), console)
-    split, layout = split_of(options_from(zoo.options)), zoo.layout
+    split, layout = split_of(zoo), zoo.layout
     objective = options.objective()
     with split.training():
         images = on(accelerator, split.images("objective"))
@@ -226,8 +228,11 @@ def fit(
     """The loop: until the Wilson bound reaches the target, or the steps are used up."""
     (training, validation), layout = families, zoo.layout
     world, objective = accelerator.num_processes, options.objective()
-    if options.families < world:
-        raise ConfigError(f"families: expected one per process ({world}), got {options.families}.")
+    fewest = min(options.families, *(len(group) for group in training.values()))
+    if fewest < world:
+        raise ConfigError(
+            f"families: a step has {fewest}, one for each of {world} processes is needed."
+        )
     states, mark = Path(f"{options.out}.state"), fingerprint(options, zoo)
     optimizer = torch.optim.AdamW(parameter_groups(merger, options.lr), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]

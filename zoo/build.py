@@ -127,15 +127,29 @@ def options_from(record: Mapping[str, Any]) -> ZooOptions:
         ) from error
 
 
-def split_of(options: ZooOptions) -> TaskSplit:
-    """The task and its parts, as the options of a zoo determine them.
+def split_of(zoo: Zoo) -> TaskSplit:
+    """The task of a zoo and its parts, as they were when it was built.
 
     Args:
-        options: Options of the zoo.
+        zoo: The zoo.
 
     Returns:
         The split.
+
+    Raises:
+        ZooError: If the task's data are not those that the zoo was built on.
     """
+    split = _split(options_from(zoo.options))
+    told, found = zoo.manifest["task"]["digest"], split.task.digest
+    if told != found:
+        raise ZooError(
+            f"{zoo.folder} was built on other data of task {split.task.name!r}: their digest is "
+            f"{told[:12]}, that of the data found now {found[:12]}. Get those data, or build anew."
+        )
+    return split
+
+
+def _split(options: ZooOptions) -> TaskSplit:
     task = load_task(options.task, options.data)
     return split_task(task, seed=options.seed, objective=options.objective)
 
@@ -188,7 +202,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _build(
     options: ZooOptions, folder: Path, progress: Callable[[str, int, int], None] | None
 ) -> Zoo:
-    split = split_of(options)
+    split = _split(options)
     shape, classes = split.task.inputs.shape[1:], split.task.classes
 
     def network() -> torch.nn.Module:

@@ -34,7 +34,7 @@ def main() -> None:
     options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.merge_latency")
     console = Console()
     zoo = build(options_from(read_card(options.merger)["zoo"]["options"]))
-    merger, split = load_merger(options.merger), split_of(options_from(zoo.options))
+    merger, split = load_merger(options.merger), split_of(zoo)
     budget = controls.Budget(split.images("objective"), split.images("validation"))
     seconds = {}
     for members in zoo.sizes:

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +95,15 @@ def merger(place, zoo):
     return options.out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_controls():
+    """Controls are trained for a few epochs: here it matters that they are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.controls.TUNE_EPOCHS", 3)
+        patch.setattr("evaluation.controls.SCRATCH_EPOCHS", 6)
+        yield
+
+
 @pytest.fixture(scope="module")
 def result(place, zoo, merger):
     """One comparison, tracked, with everything that it left behind."""
@@ -181,7 +191,7 @@ def test_data_say_how_many_images_were_used(result):
 
 
 def test_rows_are_the_accuracies_of_the_merged_networks_on_test_images(result, zoo, merger):
-    inputs, targets = split_of(options_from(zoo.options)).images("test")
+    inputs, targets = split_of(zoo).images("test")
     calls = {
         "gnn": {"merger": merger},
         "average": {"method": "average", "align": None},
@@ -197,7 +207,7 @@ def test_rows_are_the_accuracies_of_the_merged_networks_on_test_images(result, z
 
 
 def test_the_best_member_is_chosen_without_test_images(result, zoo):
-    split = split_of(options_from(zoo.options))
+    split = split_of(zoo)
     families = zoo.families("test", 3)
     kept = [split.images(part) for part in ("objective", "validation")]
     inputs, targets = (torch.cat(pair) for pair in zip(*kept, strict=True))
@@ -335,6 +345,13 @@ def test_a_folder_that_is_no_merger_is_refused(work):
 def test_a_zoo_that_is_not_there_is_refused(work, merger):
     refused(ZooError, "nowhere: no zoo here", "zoo.build", merger=merger, zoo="nowhere")
     assert list(work.iterdir()) == []
+
+
+def test_a_zoo_with_other_test_images_than_the_mergers_is_refused(work, zoo, merger):
+    other = build(replace(options_from(zoo.options), out=str(work / "other"), seed=1, epochs=0.1))
+    told = ("seed", "test images", "trained on")
+    refused(ConfigError, *told, merger=merger, zoo=str(other.folder), out="out")
+    assert not (work / "out").exists()
 
 
 def test_a_number_of_members_that_the_zoo_does_not_have_is_refused(work, merger):

@@ -20,7 +20,7 @@ from metamerge.errors import ConfigError
 from metamerge.mergers import load_merger, read_card
 from metamerge.weights import stack
 from trainers.merger import MergerOptions, fingerprint, main
-from zoo.build import ZooOptions, build, options_from, split_of
+from zoo.build import ZooOptions, build, split_of
 from zoo.training import predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_a_training_writes_a_merger_and_says_so(trained, zoo):
 
 
 def test_a_trained_merger_beats_the_average_that_it_started_as(trained, zoo):
-    inputs, targets = split_of(options_from(zoo.options)).images("validation")
+    inputs, targets = split_of(zoo).images("validation")
     averages = stack(
         [merge(zoo.address("validation", 3, f), method="average").weights for f in range(8)]
     )

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,7 +19,10 @@ from evaluation.metrics import accuracy, family_logits
 from metamerge import merge
 from metamerge.errors import ConfigError, ZooError
 from zoo.build import ZooOptions, build, main, options_from, split_of
+from zoo.parts import split_task
 from zoo.store import FAMILY_PARTS, load_zoo
+from zoo.tasks import load_task
+from zoo.training import train_networks
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ZooOptions(
@@ -108,7 +113,7 @@ def test_a_zoo_holds_what_was_asked_for(zoo):
 
 
 def test_members_have_learned_and_their_recorded_accuracy_is_true(zoo):
-    split = split_of(options_from(zoo.options))
+    split = split_of(zoo)
     inputs, targets = split.images("validation")
     scores = []
     for part, members, _, provenance in groups(zoo):
@@ -121,7 +126,7 @@ def test_members_have_learned_and_their_recorded_accuracy_is_true(zoo):
 
 
 def test_segments_hold_no_image_of_another_part(zoo):
-    split = split_of(options_from(zoo.options))
+    split = split_of(zoo)
     for _, _, rows, _ in groups(zoo):
         used = rows[rows >= 0].unique()
         assert torch.isin(used, split.rows("segments")).all()
@@ -130,19 +135,27 @@ def test_segments_hold_no_image_of_another_part(zoo):
 
 
 def test_test_images_are_refused_while_members_are_trained(tmp_path, monkeypatch):
-    split = split_of(SMALL)
+    split = split_task(load_task("digits"), objective=SMALL.objective)
 
     def curious(*_, **__):
         split.images("test")
 
-    monkeypatch.setattr("zoo.build.split_of", lambda _: split)
+    monkeypatch.setattr("zoo.build.split_task", lambda *_, **__: split)
     monkeypatch.setattr("zoo.build.train_networks", curious)
     with pytest.raises(ZooError, match="training"):
         build(small(tmp_path))
 
 
+def test_a_zoo_whose_task_holds_other_data_now_is_refused(zoo, monkeypatch):
+    task = load_task("digits")
+    altered = replace(task, inputs=1 - task.inputs)
+    monkeypatch.setattr("zoo.build.load_task", lambda *_: altered)
+    with pytest.raises(ZooError, match=f"other data.*{task.digest[:12]}.*{altered.digest[:12]}"):
+        split_of(zoo)
+
+
 def test_rows_and_provenance_agree(zoo):
-    targets = split_of(options_from(zoo.options)).task.targets
+    targets = split_of(zoo).task.targets
     for _, members, rows, provenance in groups(zoo):
         for family in range(len(rows)):
             for member in range(members):
@@ -199,7 +212,7 @@ def test_disjoint_segments_share_no_image(tmp_path):
 @pytest.mark.parametrize("split", ["disjoint", "dirichlet"])
 def test_segments_without_a_size_deal_out_every_image_once(tmp_path, split):
     zoo = build(small(tmp_path, split=split, segment_size=0, alpha=5.0, epochs=0.1))
-    segments = split_of(SMALL).rows("segments")
+    segments = split_of(zoo).rows("segments")
     for _, _, rows, _ in groups(zoo):
         for family in rows.long():
             assert torch.equal(family[family >= 0].sort().values, segments)
@@ -408,6 +421,21 @@ def test_two_builders_of_one_folder_both_succeed(zoo, tmp_path):
         one, other = zoo.families(part, members), built.families(part, members)
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert left_over(tmp_path) == set()
+
+
+def test_of_two_builders_of_one_folder_only_one_trains(tmp_path, monkeypatch):
+    trained = []
+
+    def counted(*arguments, **options):
+        trained.append(threading.get_ident())
+        return train_networks(*arguments, **options)
+
+    monkeypatch.setattr("zoo.build.train_networks", counted)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, [small(tmp_path)] * 2)
+    assert first == second
+    assert len(set(trained)) == 1
+    assert len(trained) == len(FAMILY_PARTS) * len(SMALL.members)
 
 
 KILLED = """
