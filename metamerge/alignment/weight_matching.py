@@ -2,10 +2,10 @@
 
 Paper: Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries",
 ICLR 2023, arXiv:2209.04836, sections 3.2 (weight matching) and A.10 (MergeMany). We differ in three
-ways: the search starts at the medoid rather than at the first member, so the result does not depend
-on the members' order; all members are matched to the current barycentre at once rather than one by
-one; and families are matched side by side. A first pass compares units only by weights whose other
-axes are known by then, so nothing depends on the order in which a member stores its units either.
+ways: members are matched to the medoid first, and then in the order of their distance from the
+others, so the result does not depend on the order in which they are given; a first pass compares
+units only by weights whose other axes are known by then, so nothing depends on the order in which a
+member stores its units either; and many families are matched in one call.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,16 @@ from metamerge.structure import Permutation, PermutationSpec
 from metamerge.weights import Weights
 
 _SKETCH = 16  # columns of the random sketch that compares members before they are aligned
+_EXACT = 64  # columns up to which none is needed: the order of classes must not choose the medoid
+_ROUNDING = 1e-12  # relative: what inner products of equally good permutations may differ by
 
 
 def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30) -> Permutation:
     """Permute every member's units to bring all members close to their common mean.
 
-    Coordinate descent on ``sum_k ||P_k w_k - centre||^2`` over groups: each step is a linear
-    assignment. First the centre is the medoid, then the mean of the aligned members, until nothing
-    moves.
+    Coordinate descent over groups; each step is a linear assignment. First all members are matched
+    to the medoid, then one after the other to the mean of the rest, until nothing moves. No step of
+    the second stage takes the members further from their common mean.
 
     Args:
         weights: Stacked members of ``f`` families, every tensor ``[f, m, ...]``.
@@ -35,22 +37,25 @@ def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30
     Returns:
         Group -> ``[f, m, n]``; apply it with ``spec.permute``.
     """
-    touched = {key: weights[key].detach().double() for key in spec.axes}
-    families, members = next(iter(touched.values())).shape[:2]
+    exact = {key: weights[key].detach().double() for key in spec.axes}
+    order = _distances(exact, spec).argsort(-1)  # [f, m], the medoid first
+    families, members = order.shape
+    rows = torch.arange(families)[:, None]
+    ranked = {key: tensor[rows, order] for key, tensor in exact.items()}
     perm = {g: torch.arange(n).expand(families, members, n) for g, n in spec.groups.items()}
-    start = medoid(touched, spec)
-    rows = torch.arange(families, device=start.device)
-    centre = {key: tensor[rows, start] for key, tensor in touched.items()}
-    perm = _first_pass(touched, spec, perm, centre)
-    perm = _descend(touched, spec, perm, sweeps, lambda aligned: centre)
-    return _descend(touched, spec, perm, sweeps, _mean)
+    centre = {key: tensor[:, 0] for key, tensor in ranked.items()}
+    perm = _first_pass(ranked, spec, perm, centre)
+    perm = _to_centre(ranked, spec, perm, centre, sweeps)
+    perm = _to_each_other(ranked, spec, perm, sweeps)
+    return {group: index[rows, order.argsort(-1)] for group, index in perm.items()}
 
 
 def medoid(weights: Weights, spec: PermutationSpec) -> Tensor:
     """The member that is most like the others, whatever the order of anyone's units.
 
     Members are compared by ``A^T A R`` for every matrix ``A`` of units by fixed columns (inputs,
-    classes) and a random sketch ``R``: a sum over units, hence blind to their order.
+    classes), a sum over units and hence blind to their order. ``R`` is the identity, or a random
+    sketch where there are many columns.
 
     Args:
         weights: Stacked members, every tensor ``[f, m, ...]``.
@@ -59,23 +64,7 @@ def medoid(weights: Weights, spec: PermutationSpec) -> Tensor:
     Returns:
         Index of the medoid of each family, ``[f]``.
     """
-    generator = torch.Generator().manual_seed(0)
-    families, members = next(iter(weights.values())).shape[:2]
-    distance = torch.zeros(families, members, dtype=torch.float64)
-    for key, factored in spec.axes.items():
-        free = [
-            (axis, f.group) for axis, factors in enumerate(factored) for f in factors if f.group
-        ]
-        if len(free) != 1:
-            continue
-        units = spec.unit_rows(key, *free[0], weights[key].double())  # [f, m, n, r]
-        sketch = torch.randn(units.shape[-1], _SKETCH, generator=generator, dtype=torch.float64)
-        fingerprint = (units.mT @ (units @ sketch.to(units.device))).flatten(
-            2
-        )  # [f, m, r * sketch]
-        gaps = torch.cdist(fingerprint, fingerprint).sum(-1)  # [f, m]
-        distance += (gaps / gaps.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
-    return distance.argmin(-1)
+    return _distances(weights, spec).argmin(-1)
 
 
 def matching_cost(weights: Weights, spec: PermutationSpec, perm: Permutation) -> Tensor:
@@ -94,6 +83,28 @@ def matching_cost(weights: Weights, spec: PermutationSpec, perm: Permutation) ->
     spread = sum((t - t.mean(1, keepdim=True)).square().flatten(1).sum(1) for t in aligned.values())
     size = sum(t.square().flatten(1).sum(1) for t in aligned.values())
     return spread / size.clamp_min(1e-300)
+
+
+def _distances(weights: Weights, spec: PermutationSpec) -> Tensor:
+    """Sum of each member's distances from the others, ``[f, m]``, on the CPU; see ``medoid``."""
+    generator = torch.Generator().manual_seed(0)
+    families, members = next(iter(weights.values())).shape[:2]
+    distance = torch.zeros(families, members, dtype=torch.float64)
+    for key, factored in spec.axes.items():
+        free = [
+            (axis, f.group) for axis, factors in enumerate(factored) for f in factors if f.group
+        ]
+        if len(free) != 1:
+            continue
+        units = spec.unit_rows(key, *free[0], weights[key].double())  # [f, m, n, r]
+        columns = units.shape[-1]
+        sketch = torch.randn(columns, _SKETCH, generator=generator, dtype=torch.float64)
+        if columns <= _EXACT:
+            sketch = torch.eye(columns, dtype=torch.float64)
+        fingerprint = units.mT @ (units @ sketch.to(units.device))  # [f, m, r, sketch]
+        gaps = torch.cdist(fingerprint.flatten(2), fingerprint.flatten(2)).sum(-1)  # [f, m]
+        distance += (gaps / gaps.mean(-1, keepdim=True).clamp_min(1e-300)).cpu()
+    return distance
 
 
 def _first_pass(
@@ -133,12 +144,16 @@ def _size(weights: Weights, places: Sequence[tuple[str, int]]) -> int:
     return sum(weights[key].numel() for key, _ in places)
 
 
-def _descend(
-    weights: Weights, spec: PermutationSpec, perm: Permutation, sweeps: int, centre_of
+def _to_centre(
+    weights: Weights, spec: PermutationSpec, perm: Permutation, centre: Weights, sweeps: int
 ) -> Permutation:
+    """Match all members to one centre, group after group, until nothing moves.
+
+    Returns:
+        Group -> ``[f, m, n]``.
+    """
     for _ in range(sweeps):
         before = perm
-        centre = centre_of(spec.permute(weights, perm))
         for group in spec.groups:
             places = spec.touching(group)
             perm = {**perm, group: _assign(_gain(weights, centre, spec, perm, group, places))}
@@ -147,8 +162,48 @@ def _descend(
     return perm
 
 
-def _mean(aligned: Weights) -> Weights:
-    return {key: tensor.mean(1) for key, tensor in aligned.items()}
+def _to_each_other(
+    weights: Weights, spec: PermutationSpec, perm: Permutation, sweeps: int
+) -> Permutation:
+    """Match the members of every family to each other, until none comes any closer.
+
+    One after the other is matched to the sum of the rest. Leaving it out of the sum matters:
+    independent members are nearly orthogonal, so that in a sum with itself a member is matched to
+    itself, wherever it is.
+
+    Returns:
+        Group -> ``[f, m, n]``.
+    """
+    perm = {group: index.clone() for group, index in perm.items()}
+    aligned = {key: tensor.clone() for key, tensor in spec.permute(weights, perm).items()}
+    total = {key: tensor.sum(1) for key, tensor in aligned.items()}  # [f, ...]
+    families, members = next(iter(weights.values())).shape[:2]
+    for _ in range(sweeps):
+        moved = torch.zeros(families, dtype=torch.bool)
+        for k in range(members):
+            own = {group: index[:, [k]] for group, index in perm.items()}
+            one = {key: tensor[:, [k]] for key, tensor in weights.items()}
+            here = {key: tensor[:, k] for key, tensor in aligned.items()}
+            rest = {key: tensor - here[key] for key, tensor in total.items()}
+            found = _to_centre(one, spec, own, rest, 1)
+            there = {key: tensor[:, 0] for key, tensor in spec.permute(one, found).items()}
+            # no gain is possible where a group has two axes of a tensor, or two ways are as good
+            gain = _inner(there, rest) - _inner(here, rest)  # [f]
+            better = gain > _ROUNDING * _inner(here, here)
+            moved |= better.cpu()
+            for group, index in found.items():
+                perm[group][better.cpu(), k] = index[better.cpu(), 0]
+            for key, tensor in there.items():
+                aligned[key][better, k] = tensor[better]
+                total[key][better] = rest[key][better] + tensor[better]
+        if not moved.any():
+            break
+    return perm
+
+
+def _inner(one: Weights, other: Weights) -> Tensor:
+    """Inner product per family, ``[f, ...]`` twice -> ``[f]``."""
+    return sum((tensor * other[key]).reshape(len(tensor), -1).sum(1) for key, tensor in one.items())
 
 
 def _gain(
