@@ -3,10 +3,8 @@
 import copy
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,18 @@ from torch import Tensor, nn
 from metamerge.alignment import ALIGNMENTS, matching_cost
 from metamerge.calibration import Batches, collect
 from metamerge.checkpoints import Checkpoint, Source, read_checkpoints, save_checkpoint
-from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
+from metamerge.errors import ConfigError, IncompatibleWeights
+from metamerge.network import (
+    carried_program,
+    check_inputs,
+    find_layout,
+    find_program,
+    fit_members,
+)
 from metamerge.refit import observe, refit
 from metamerge.registry import bind, check_options, get_method
 from metamerge.repair import repair
-from metamerge.structure import Layout, PermutationSpec, Program, discover_program, prove, trace
+from metamerge.structure import Layout, PermutationSpec, Program
 from metamerge.weights import (
     Weights,
     check_compatible,
@@ -31,7 +36,6 @@ from metamerge.weights import (
 )
 
 CORRECTIONS = {"repair": repair, "refit": refit}
-_LAYOUTS: dict[str, Layout] = {}  # proved layouts by digest of program and spec
 
 
 @dataclass(frozen=True)
@@ -163,17 +167,17 @@ def merge(
     if len(named) == 1:
         report["note"] = "one checkpoint: returned as it is"
         same = {key: tensor.clone() for key, tensor in named[0][1].items()}
-        return Merged(same, report, _carried(members))
+        return Merged(same, report, carried_program(members))
 
     data = None if batches is None else collect(batches, labelled=False)
     learned = _merger(merger) if "merger" in record.resources else None
     layout = None
     wanted = "layout" in record.required or ("layout" in record.resources and data is not None)
     if align or correct or wanted:
-        program = _program(members, sources, model, data, learned)
-        named = _fitted(named, program)
-        _check_inputs(program, data)
-        layout = _layout(program, spec, named[0])
+        program = find_program(members, sources, model, data, learned)
+        named = fit_members(named, program)
+        check_inputs(program, data)
+        layout = find_layout(program, spec, named[0])
     resources = {
         "layout": layout,
         "merger": learned,
@@ -192,7 +196,7 @@ def merge(
         report["variance_ratio"] = _variance_ratio(fused, aligned, layout, data[0])
     report["parameters"] = sum(t.numel() for t in fused.values() if t.is_floating_point())
     report["seconds"] = round(time.perf_counter() - clock, 4)
-    return Merged(fused, report, layout.program if layout else _carried(members))
+    return Merged(fused, report, layout.program if layout else carried_program(members))
 
 
 def _check_choice(name: str, value: str | None, known: Mapping[str, Any]) -> None:
@@ -227,114 +231,6 @@ def _checked(members: list[Checkpoint]) -> list[tuple[str, Weights]]:
     for index, (name, weights) in enumerate(named):
         check_finite(f"checkpoints[{index}] ({name})", weights)
     return named
-
-
-def _carried(members: list[Checkpoint]) -> Program | None:
-    """The first program that a checkpoint brought along."""
-    carried = next((member.program for member in members if member.program), None)
-    return None if carried is None else Program.from_json(carried)
-
-
-def _program(
-    members: list[Checkpoint],
-    sources: Sequence[Any],
-    model: nn.Module | None,
-    data: tuple[Tensor, Tensor | None] | None,
-    merger: Any,
-) -> Program:
-    """The network: the given model, a member that is a module, or what a checkpoint carries."""
-    model = model or next((s for s in sources if isinstance(s, nn.Module)), None)
-    if model is not None:
-        return _traced(model, data, merger)
-    carried = _carried(members)
-    if carried is None:
-        raise ConfigError(
-            "model: the checkpoints do not say what network they belong to. Pass model=<an "
-            "nn.Module of their architecture>; only averages with align=None do without."
-        )
-    return carried
-
-
-def _traced(model: nn.Module, data: tuple[Tensor, Tensor | None] | None, merger: Any) -> Program:
-    """Trace on the batches, on a merger's probes, or on zeros where the first layer is linear."""
-    first = next(model.parameters(), None)
-    if data is not None:
-        return trace(model, data[0][:2] if first is None else data[0][:2].to(first))
-    probes = getattr(merger, "probes", None)
-    if first is not None and isinstance(probes, Tensor) and _can_read(first, probes.shape[1:]):
-        with suppress(StructureError):
-            return trace(model, probes[:2].detach().to(first))
-    if first is None or first.ndim != 2:
-        raise ConfigError(
-            "batches: the shape of the model's inputs cannot be read from its first layer. Pass "
-            "batches=<a few inputs [b, ...]>."
-        )
-    return trace(model, torch.zeros(2, first.shape[1], device=first.device, dtype=first.dtype))
-
-
-def _can_read(weight: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a first layer can be one for inputs of a shape, flattened where it is linear."""
-    if weight.ndim == 2:
-        return weight.shape[1] == prod(shape)
-    return weight.ndim == len(shape) + 1 and weight.shape[1] == shape[0]
-
-
-def _fitted(named: list[tuple[str, Weights]], program: Program) -> list[tuple[str, Weights]]:
-    """The members in the network's names, with ties completed; others than its own are refused."""
-    known = {*program.parameters.values(), *program.tied, *program.untraced}
-    named = strip_wrappers([("the model", dict.fromkeys(known)), *named])[1:]
-    return [
-        (name, _own(f"checkpoints[{index}] ({name})", weights, program, known))
-        for index, (name, weights) in enumerate(named)
-    ]
-
-
-def _own(name: str, weights: Weights, program: Program, known: set[str]) -> Weights:
-    weights = dict(weights)
-    for alias, key in program.tied.items():  # a file may hold a shared tensor once, by either name
-        for one, other in ((alias, key), (key, alias)):
-            if one not in weights and other in weights:
-                weights[one] = weights[other]
-    program.check_weights(name, weights)
-    unknown = sorted(set(weights) - known)
-    if unknown:
-        raise StructureError(
-            f"{name}: the network has no tensor {unknown[0]!r} ({len(unknown)} such names); it has "
-            f"{sorted(known)}. Pass the model these weights belong to."
-        )
-    for alias, key in program.tied.items():
-        if not torch.equal(weights[alias], weights[key]):
-            raise StructureError(
-                f"{name}: {alias!r} and {key!r} are one tensor in the model and differ in these "
-                "weights. Pass the model these weights belong to."
-            )
-    return weights
-
-
-def _check_inputs(program: Program, data: tuple[Tensor, Tensor | None] | None) -> None:
-    wanted = program.input_shape()[1:]
-    if data is not None and tuple(data[0].shape[1:]) != tuple(wanted):
-        raise ConfigError(
-            f"batches: inputs have shape {tuple(data[0].shape)}, the network takes (b, "
-            f"{', '.join(map(str, wanted))}). Pass inputs of the checkpoints' task."
-        )
-
-
-def _layout(program: Program, spec: PermutationSpec | None, member: tuple[str, Weights]) -> Layout:
-    """The weight graph; a spec of the user's is proved first."""
-    key = f"{program.digest}-{spec.digest if spec else ''}"
-    if key not in _LAYOUTS:
-        if spec is not None:
-            spec.check_weights(*member)
-            missing = sorted(set(program.parameters.values()) - set(spec.axes))
-            if missing:
-                raise StructureError(
-                    f"spec: it says nothing of {missing}. Give the axes of every tensor that the "
-                    "network reads; axes that stay in place have factors without a group."
-                )
-            prove(program, spec)
-        _LAYOUTS[key] = Layout.of(program, spec or discover_program(program))
-    return _LAYOUTS[key]
 
 
 def _merger(merger: Any) -> Any:

@@ -84,4 +84,3 @@ def _matched(
         return {layer.weight: weight}
     shift = wanted.mean - factor * current.mean
     return {layer.weight: weight, running_mean: weights[running_mean] - shift}
-

@@ -1,0 +1,175 @@
+"""The network that checkpoints belong to: given as a module, or carried by one of them."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metamerge.checkpoints import Checkpoint
+from metamerge.errors import ConfigError, StructureError
+from metamerge.structure import Layout, PermutationSpec, Program, discover_program, prove, trace
+from metamerge.weights import Weights, strip_wrappers
+
+Data = tuple[Tensor, Tensor | None]
+"""Calibration inputs ``[b, ...]`` and their labels ``[b]``, if there are any."""
+
+_LAYOUTS: dict[str, Layout] = {}  # proved layouts by digest of program and spec
+
+
+def carried_program(members: list[Checkpoint]) -> Program | None:
+    """The first program that a checkpoint brought along."""
+    carried = next((member.program for member in members if member.program), None)
+    return None if carried is None else Program.from_json(carried)
+
+
+def find_program(
+    members: list[Checkpoint],
+    sources: Sequence[Any],
+    model: nn.Module | None,
+    data: Data | None,
+    merger: Any,
+) -> Program:
+    """The network: the given model, a member that is a module, or what a checkpoint carries.
+
+    Args:
+        members: The checkpoints that were read.
+        sources: What they were read from; a module among them says what network it is.
+        model: A module that the caller gave.
+        data: Calibration data to trace with.
+        merger: A trained merger, whose probes are inputs of its networks.
+
+    Returns:
+        The traced network.
+
+    Raises:
+        ConfigError: If nothing says what network it is, or of what shape its inputs are.
+    """
+    model = model or next((s for s in sources if isinstance(s, nn.Module)), None)
+    if model is not None:
+        return _traced(model, data, merger)
+    carried = carried_program(members)
+    if carried is None:
+        raise ConfigError(
+            "model: the checkpoints do not say what network they belong to. Pass model=<an "
+            "nn.Module of their architecture>; only averages with align=None do without."
+        )
+    return carried
+
+
+def _traced(model: nn.Module, data: Data | None, merger: Any) -> Program:
+    """Trace on the batches, on a merger's probes, or on zeros where the first layer is linear."""
+    first = next(model.parameters(), None)
+    if data is not None:
+        return trace(model, data[0][:2] if first is None else data[0][:2].to(first))
+    probes = getattr(merger, "probes", None)
+    if first is not None and isinstance(probes, Tensor) and _can_read(first, probes.shape[1:]):
+        with suppress(StructureError):
+            return trace(model, probes[:2].detach().to(first))
+    if first is None or first.ndim != 2:
+        raise ConfigError(
+            "batches: the shape of the model's inputs cannot be read from its first layer. Pass "
+            "batches=<a few inputs [b, ...]>."
+        )
+    return trace(model, torch.zeros(2, first.shape[1], device=first.device, dtype=first.dtype))
+
+
+def _can_read(weight: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a first layer can be one for inputs of a shape, flattened where it is linear."""
+    if weight.ndim == 2:
+        return weight.shape[1] == prod(shape)
+    return weight.ndim == len(shape) + 1 and weight.shape[1] == shape[0]
+
+
+def fit_members(named: list[tuple[str, Weights]], program: Program) -> list[tuple[str, Weights]]:
+    """The members in the network's names, with ties completed.
+
+    Args:
+        named: Pairs of a member's name and its weights.
+        program: The network.
+
+    Returns:
+        The pairs, in new dicts.
+
+    Raises:
+        StructureError: If a tensor is missing, unknown or of another shape, or a tie is broken.
+    """
+    known = {*program.parameters.values(), *program.tied, *program.untraced}
+    named = strip_wrappers([("the model", dict.fromkeys(known)), *named])[1:]
+    return [
+        (name, _own(f"checkpoints[{index}] ({name})", weights, program, known))
+        for index, (name, weights) in enumerate(named)
+    ]
+
+
+def _own(name: str, weights: Weights, program: Program, known: set[str]) -> Weights:
+    weights = dict(weights)
+    for alias, key in program.tied.items():  # a file may hold a shared tensor once, by either name
+        for one, other in ((alias, key), (key, alias)):
+            if one not in weights and other in weights:
+                weights[one] = weights[other]
+    program.check_weights(name, weights)
+    unknown = sorted(set(weights) - known)
+    if unknown:
+        raise StructureError(
+            f"{name}: the network has no tensor {unknown[0]!r} ({len(unknown)} such names); it has "
+            f"{sorted(known)}. Pass the model these weights belong to."
+        )
+    for alias, key in program.tied.items():
+        if not torch.equal(weights[alias], weights[key]):
+            raise StructureError(
+                f"{name}: {alias!r} and {key!r} are one tensor in the model and differ in these "
+                "weights. Pass the model these weights belong to."
+            )
+    return weights
+
+
+def check_inputs(program: Program, data: Data | None) -> None:
+    """Refuse calibration inputs that are not of the network's shape.
+
+    Args:
+        program: The network.
+        data: Calibration data, if any.
+
+    Raises:
+        ConfigError: If the shapes differ.
+    """
+    wanted = program.input_shape()[1:]
+    if data is not None and tuple(data[0].shape[1:]) != tuple(wanted):
+        raise ConfigError(
+            f"batches: inputs have shape {tuple(data[0].shape)}, the network takes (b, "
+            f"{', '.join(map(str, wanted))}). Pass inputs of the checkpoints' task."
+        )
+
+
+def find_layout(
+    program: Program, spec: PermutationSpec | None, member: tuple[str, Weights]
+) -> Layout:
+    """The weight graph, from memory where it was proved before.
+
+    Args:
+        program: The network.
+        spec: A spec of the user's, to be proved first; by default it is discovered.
+        member: Name and weights of a member, to compare the spec with.
+
+    Returns:
+        The layout.
+
+    Raises:
+        StructureError: If the user's spec leaves out a tensor, or the proof fails.
+    """
+    key = f"{program.digest}-{spec.digest if spec else ''}"
+    if key not in _LAYOUTS:
+        if spec is not None:
+            spec.check_weights(*member)
+            missing = sorted(set(program.parameters.values()) - set(spec.axes))
+            if missing:
+                raise StructureError(
+                    f"spec: it says nothing of {missing}. Give the axes of every tensor that the "
+                    "network reads; axes that stay in place have factors without a group."
+                )
+            prove(program, spec)
+        _LAYOUTS[key] = Layout.of(program, spec or discover_program(program))
+    return _LAYOUTS[key]
