@@ -36,6 +36,7 @@ from metamerge.weights import (
 )
 
 CORRECTIONS = {"repair": repair, "refit": refit}
+REPORTED = 256  # calibration inputs that the variance ratios of the report are measured on
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def merge(
             fused = _corrected(fused, aligned, layout, data[0], correct)
     fused = _finished(fused, named, layout)
     if layout and data and len(data[0]) > 1:  # one input has no variance
-        report["variance_ratio"] = _variance_ratio(fused, aligned, layout, data[0])
+        report["variance_ratio"] = _variance_ratio(fused, aligned, layout, data[0][:REPORTED])
     report["parameters"] = sum(t.numel() for t in fused.values() if t.is_floating_point())
     report["seconds"] = round(time.perf_counter() - clock, 4)
     return Merged(fused, report, layout.program if layout else carried_program(members))
