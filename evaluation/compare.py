@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from evaluation import controls
-from evaluation.gates import collapse_gates
+from evaluation.gates import collapse_gates, forgotten_class_recall
 from evaluation.metrics import accuracy
 from evaluation.plots import leaderboard_figure
 from evaluation.report import MERGER, Scored, differences, print_leaderboard, write_leaderboard
@@ -124,6 +124,14 @@ class Bench:
             )
             for key, classes in chosen.items()
         ]
+
+    def judged(self) -> tuple[Any, ...]:
+        """What gates want: merger, families, layout, and images that are not the test images."""
+
+        def merged(members: Weights) -> Weights:
+            return self.merger(members, self.layout)
+
+        return merged, self.families, self.layout, *self.split.images("validation")
 
     def union_rows(self) -> list[Tensor]:
         """Rows of each family's segments, without repeats."""
@@ -251,10 +259,13 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
             for call in calls:
                 scored += call()
                 advance()
-        gates = {f"k{b.members}": _gates(b, split) for b in benches}
+        gates = {f"k{b.members}": _gates(b) for b in benches}
+        recall = {
+            f"k{b.members}": forgotten_class_recall(*b.judged(), seed=b.seed) for b in benches
+        }
         scored.sort(key=lambda s: -float(s.accuracies.mean()))
         rows = [s.row() for s in scored]
-        meta = _meta(options, zoo, split, card, scored, gates)
+        meta = _meta(options, zoo, split, card, scored, gates, recall)
         out = Path(options.out)
         write_leaderboard(out, rows, meta)
         figure = leaderboard_figure(
@@ -299,14 +310,8 @@ def _without_residual(merger: GNNMerger) -> GNNMerger:
     return bare
 
 
-def _gates(bench: Bench, split: TaskSplit) -> list[dict[str, Any]]:
-    gates = collapse_gates(
-        lambda members: bench.merger(members, bench.layout),
-        bench.families,
-        bench.layout,
-        *split.images("validation"),
-        seed=bench.seed,
-    )
+def _gates(bench: Bench) -> list[dict[str, Any]]:
+    gates = collapse_gates(*bench.judged(), seed=bench.seed)
     return [{**asdict(gate), "passed": gate.passed} for gate in gates]
 
 
@@ -317,6 +322,7 @@ def _meta(
     card: dict[str, Any],
     scored: Sequence[Scored],
     gates: dict[str, list[dict[str, Any]]],
+    recall: dict[str, float],
 ) -> dict[str, Any]:
     return {
         "task": zoo.manifest["task"],
@@ -338,6 +344,7 @@ def _meta(
         },
         "differences": differences(scored),
         "gates": gates,
+        "forgotten_class_recall": recall,
     }
 
 

@@ -72,8 +72,6 @@ def collapse_gates(
     shuffled_copies = layout.spec.permute(copies, _hidden(copies, layout, generator))
     score = _score(fused, accuracy(fused, targets))
     moved = _score(other, accuracy_relabelled(other, labels, targets))
-    ignorant, lost = _forget(families, layout, classes, generator)
-    recalled = judge(ignorant)
     gaussian, shuffled = judge(_noise(families, generator)), judge(_shuffled(families, generator))
     return [
         Gate("garbage_gaussian", _score(gaussian, accuracy(gaussian, targets)), chance + 0.05),
@@ -91,8 +89,43 @@ def collapse_gates(
             _relative(judge(shuffled_copies), predict(layout.program, single, inputs)),
             1e-3,
         ),
-        Gate("unknown_class", _score(recalled, recall(recalled, lost, targets)), chance + 0.2),
     ]
+
+
+@torch.no_grad()
+def forgotten_class_recall(
+    merge: Merge,
+    families: Weights,
+    layout: Layout,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    seed: int = 0,
+) -> float:
+    """How much of a class comes back that all members of a family were made to forget.
+
+    The output row of one class becomes the mean of the other rows in every member. What comes back
+    is the merger's own: it names by elimination what no other class claims, or it knows the task
+    by heart and needs the members only for the names of the classes. This is a figure to report,
+    not a gate: elimination is honest, and no limit tells the two apart.
+
+    Args:
+        merge: The merger, on aligned members.
+        families: Members as they were trained, not aligned, ``[f, m, ...]``.
+        layout: Weight graph of their architecture.
+        inputs: Images to judge on, ``[b, ...]``; not the test images.
+        targets: Their classes, ``[b]``.
+        seed: Seed of the classes that are forgotten.
+
+    Returns:
+        Mean recall of the forgotten classes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    judge = _Judge(merge, layout, inputs)
+    rows = layout.producers(OUTPUTS)[0].weight
+    ignorant, lost = _forget(families, layout, families[rows].shape[2], generator)
+    recalled = judge(ignorant)
+    return _score(recalled, recall(recalled, lost, targets))
 
 
 def accuracy_relabelled(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -142,8 +175,6 @@ def _forget(
     families: Weights, layout: Layout, classes: int, generator: torch.Generator
 ) -> tuple[Weights, Tensor]:
     """Make all members of a family forget one class: its row becomes the mean of the others."""
-    # A merger that knows the task by heart and reads but the names of the classes from its members
-    # passes every other gate; here it names a class that no member knows.
     count, members = next(iter(families.values())).shape[:2]
     lost = torch.randint(classes, (count,), generator=generator)
     ignorant = dict(families)

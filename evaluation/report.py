@@ -137,6 +137,8 @@ def print_leaderboard(
     failed = [
         f"{k} {g['name']}" for k, gates in meta["gates"].items() for g in gates if not g["passed"]
     ]
+    recall = ", ".join(f"{k} {v:.0%}" for k, v in meta["forgotten_class_recall"].items())
+    console.print(f"recall of a class that all members were made to forget: {recall}")
     console.print(f"[bold]gates[/] {'FAILED: ' + ', '.join(failed) if failed else 'all passed'}")
 
 

@@ -19,6 +19,7 @@ from metamerge.weights import Weights
 
 _SKETCH = 16  # columns of the random sketch that compares members before they are aligned
 _EXACT = 64  # columns up to which none is needed: the order of classes must not choose the medoid
+_CACHED = 2**20  # numbers of as many families as are matched side by side: they stay in the cache
 _ROUNDING = 1e-12  # relative: what inner products of equally good permutations may differ by
 
 
@@ -46,7 +47,10 @@ def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30
     centre = {key: tensor[:, 0] for key, tensor in ranked.items()}
     perm = _first_pass(ranked, spec, perm, centre)
     perm = _to_centre(ranked, spec, perm, centre, sweeps)
-    perm = _to_each_other(ranked, spec, perm, sweeps)
+    size = sum(tensor[0].numel() for tensor in ranked.values())
+    parts = rows[:, 0].split(max(1, _CACHED // size))
+    each = [_to_each_other(_at(ranked, part), spec, _at(perm, part), sweeps) for part in parts]
+    perm = {group: torch.cat([own[group] for own in each]) for group in perm}
     return {group: index[rows, order.argsort(-1)] for group, index in perm.items()}
 
 
@@ -83,6 +87,10 @@ def matching_cost(weights: Weights, spec: PermutationSpec, perm: Permutation) ->
     spread = sum((t - t.mean(1, keepdim=True)).square().flatten(1).sum(1) for t in aligned.values())
     size = sum(t.square().flatten(1).sum(1) for t in aligned.values())
     return spread / size.clamp_min(1e-300)
+
+
+def _at(stacked: dict[str, Tensor], families: Tensor) -> dict[str, Tensor]:
+    return {key: tensor[families] for key, tensor in stacked.items()}
 
 
 def _distances(weights: Weights, spec: PermutationSpec) -> Tensor:
