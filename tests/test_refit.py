@@ -210,6 +210,17 @@ def test_ridge_regression_agrees_with_the_normal_equations_in_both_forms(rows, c
     assert float((rough - found).norm() / found.norm()) < bound
 
 
+@pytest.mark.parametrize(("rows", "columns", "size"), [(40, 7, 7), (9, 30, 9)])
+def test_the_smaller_of_the_two_matrices_is_factorised(monkeypatch, rows, columns, size):
+    factorised = []
+    original = torch.linalg.cholesky
+    monkeypatch.setattr(
+        torch.linalg, "cholesky", lambda gram: factorised.append(gram.shape) or original(gram)
+    )
+    solve_ridge(*ridge_problem(rows, columns), 0.1)
+    assert factorised == [(2, size, size)]
+
+
 def test_the_solution_of_a_ridge_regression_is_a_minimum():
     inputs, targets = ridge_problem(40, 7)
     solution = solve_ridge(inputs, targets, 0.1)

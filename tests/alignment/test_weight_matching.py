@@ -1,3 +1,4 @@
+from importlib import import_module
 from itertools import pairwise, permutations
 
 import pytest
@@ -211,6 +212,20 @@ def test_no_sweep_raises_the_objective(setting):
     assert costs[-1] == costs[-2]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_sweep_raises_the_objective_of_a_group_on_both_axes_of_a_matrix(seed):
+    # There a step is no exact minimum: it takes the other axis to stay as it was.
+    spec = PermutationSpec({"g": 3}, {"w": ((Factor("g", 3),), (Factor("g", 3),))}, {})
+    generator = torch.Generator().manual_seed(seed)
+    members = {"w": torch.randn(1, 3, 3, 3, generator=generator, dtype=torch.float64)}
+    perm = spec.random(generator, (1, 3))
+    costs = [float(objective(members, spec, perm))]
+    for _ in range(6):
+        perm = _to_each_other(members, spec, perm, 1)
+        costs.append(float(objective(members, spec, perm)))
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(costs))
+
+
 def test_at_rest_no_member_can_come_closer_to_the_rest(setting):
     members = setting.draw(2, 4)
     perm = weight_matching(members, setting.spec)
@@ -279,6 +294,27 @@ def test_families_are_matched_independently_of_each_other(setting):
         alone = weight_matching({key: t[f : f + 1] for key, t in members.items()}, setting.spec)
         for group in setting.spec.groups:
             assert torch.equal(together[group][f], alone[group][0])
+
+
+def test_families_may_be_matched_in_any_number_at_a_time(setting, monkeypatch):
+    members = setting.draw(5, 4)
+    together = weight_matching(members, setting.spec)
+    monkeypatch.setattr(import_module("metamerge.alignment.weight_matching"), "_CACHED", 1)
+    one_by_one = weight_matching(members, setting.spec)
+    assert all(torch.equal(together[group], one_by_one[group]) for group in together)
+
+
+def test_the_order_of_classes_changes_nothing(mlp):
+    members = mlp.draw(DRAWS, 5)
+    classes = torch.tensor([2, 0, 1])
+    renamed = {
+        **members,
+        "6.weight": members["6.weight"][:, :, classes],
+        "6.bias": members["6.bias"][:, :, classes],
+    }
+    assert torch.equal(medoid(renamed, mlp.spec), medoid(members, mlp.spec))
+    found, expected = (weight_matching(w, mlp.spec) for w in (renamed, members))
+    assert all(torch.equal(found[group], expected[group]) for group in expected)
 
 
 def test_one_member_stays_as_it_is(setting):

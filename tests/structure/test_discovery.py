@@ -105,6 +105,18 @@ def test_no_seed_lets_a_wrong_spec_of_two_units_pass(seed):
                 prove(program, without(spec, key, axis, group), seed=seed)
 
 
+def test_depth_does_not_hide_a_wrong_spec():
+    # Layers of positive weights average: behind two dozen of them little is left of a difference.
+    layers = [nn.Linear(6, 64), nn.GELU()]
+    layers += [part for _ in range(23) for part in (nn.Linear(64, 64), nn.GELU())]
+    program = trace(nn.Sequential(*layers, nn.Linear(64, 3)), torch.zeros(2, 6))
+    spec = discover_program(program)
+    for group in list(spec.groups)[:2]:
+        for key, axis in spec.touching(group):
+            with pytest.raises(StructureError, match="permutation spec is wrong"):
+                prove(program, without(spec, key, axis, group))
+
+
 def test_axes_exchanged_between_two_groups_are_refused():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
     program = trace(model, torch.zeros(2, 4))

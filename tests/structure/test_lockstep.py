@@ -214,6 +214,19 @@ def test_lists_of_tensors_are_mapped_whether_stacked_or_shared(make_network, own
     assert_same(found, torch.stack(expected))
 
 
+@pytest.mark.parametrize(
+    ("start", "end"), [(1, -1), (2, 3), (-2, -1), (-3, -2), (1, 2), (2, -1), (-3, 3)]
+)
+def test_axes_are_flattened_from_either_end(make_network, start, end):
+    network = make_network(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(start, end)), (2, 4, 5)
+    )
+    weights, inputs = network.weights(COUNT), network.inputs(4)
+    found = run(network.program, weights, [inputs], stacked=True)
+    expected = [network.outputs(member(weights, n), inputs) for n in range(COUNT)]
+    assert_same(found, torch.stack(expected))
+
+
 def test_outputs_that_no_weight_reaches_are_given_once_per_stack():
     program = trace(nn.Flatten(), torch.zeros(2, 2, 3))
     inputs = torch.ones(4, 2, 3)

@@ -169,10 +169,16 @@ def test_what_dropout_passes_on_is_the_same_tensor_in_eval_mode():
         h = self.a(x)
         dropped = self.drop(h)
         dropped += 1
-        return self.b(h)
+        dropped *= 2
+        return self.b(h) + self.b(dropped)
 
     program = check_same_function(linear_pair(forward, drop=nn.Dropout()))
-    assert ops(program) == ["linear.default", "add.Tensor", "linear.default"]
+    assert ops(program)[:4] == ["linear.default", "add.Tensor", "mul.Tensor", "linear.default"]
+
+
+def test_a_network_may_end_in_dropout():
+    program = check_same_function(nn.Sequential(nn.Linear(4, 3), nn.Dropout()).eval())
+    assert program.output == program.nodes[-1].name
 
 
 def test_a_change_in_place_that_is_read_through_a_view_is_refused():
@@ -198,11 +204,11 @@ def test_a_view_that_is_not_read_after_the_change_is_no_obstacle():
 
 def test_casts_to_the_dtype_at_hand_and_memory_formats_vanish():
     def forward(self, x):
-        x = self.a(x.float())
-        return self.b(x.to(torch.float32).contiguous(memory_format=torch.contiguous_format))
+        x = self.conv(x.float()).to(torch.float32)
+        return x.contiguous(memory_format=torch.channels_last).flatten(1)
 
-    program = check_same_function(linear_pair(forward))
-    assert "to.dtype" not in ops(program)
+    program = check_same_function(module_of(forward, conv=nn.Conv2d(2, 3, 2)), (2, 4, 4))
+    assert ops(program) == ["conv2d.default", "contiguous.default", "flatten.using_ints"]
     assert all(node.kwargs == {} for node in program.nodes)
     json.dumps(program.to_json())
 
