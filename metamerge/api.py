@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from metamerge.alignment import ALIGNMENTS, matching_cost
-from metamerge.calibration import Batches, collect
+from metamerge.calibration import Batches, check_fit, collect
 from metamerge.checkpoints import Checkpoint, Source, read_checkpoints, save_checkpoint
 from metamerge.errors import ConfigError, IncompatibleWeights
 from metamerge.network import (
     carried_program,
-    check_inputs,
     find_layout,
     find_program,
     fit_members,
@@ -177,7 +176,8 @@ def merge(
     if align or correct or wanted:
         program = find_program(members, sources, model, data, learned)
         named = fit_members(named, program)
-        check_inputs(program, data)
+        if data is not None:
+            check_fit(program, data[0])
         layout = find_layout(program, spec, named[0])
     resources = {
         "layout": layout,

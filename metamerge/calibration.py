@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metamerge.errors import ConfigError, IncompatibleWeights, NonFinite
-from metamerge.structure import Layout, run
+from metamerge.structure import Layout, Program, run
 from metamerge.weights import Weights, stack
 
 Batch = Tensor | tuple[Tensor, Tensor]
@@ -79,7 +79,7 @@ def losses(weights: Sequence[Weights], layout: Layout, inputs: Tensor, labels: T
         IncompatibleWeights: If the network's output is not logits.
         NonFinite: If a model's loss is not finite.
     """
-    _check_fit(layout, inputs)
+    check_fit(layout.program, inputs)
     stacked = {k: t.float() if t.is_floating_point() else t for k, t in stack(weights).items()}
     total = torch.zeros(len(weights), dtype=torch.float64, device=inputs.device)
     for some, wanted in zip(inputs.split(_CHUNK), labels.split(_CHUNK), strict=True):
@@ -94,6 +94,24 @@ def losses(weights: Sequence[Weights], layout: Layout, inputs: Tensor, labels: T
             f"model out, or look for inputs that are out of its range."
         )
     return total / len(inputs)
+
+
+def check_fit(program: Program, inputs: Tensor) -> None:
+    """Refuse calibration inputs that are not of the network's shape.
+
+    Args:
+        program: The network.
+        inputs: ``[b, ...]``.
+
+    Raises:
+        ConfigError: If the shapes differ.
+    """
+    wanted = program.input_shape()[1:]
+    if tuple(inputs.shape[1:]) != tuple(wanted):
+        raise ConfigError(
+            f"batches: inputs have shape {tuple(inputs.shape)}, the network takes (b, "
+            f"{', '.join(map(str, wanted))}). Pass inputs of the checkpoints' task."
+        )
 
 
 def _named(batches: Any) -> Iterator[tuple[str, Any]]:
@@ -156,15 +174,6 @@ def _check_labels(where: str, labels: Tensor, count: int) -> None:
         raise ConfigError(
             f"{where}: labels hold {int(labels.min())}, expected classes from 0. Leave out inputs "
             f"without a class."
-        )
-
-
-def _check_fit(layout: Layout, inputs: Tensor) -> None:
-    wanted = layout.program.input_shape()[1:]
-    if tuple(inputs.shape[1:]) != tuple(wanted):
-        raise ConfigError(
-            f"batches: inputs have shape {tuple(inputs.shape)}, the network takes (b, "
-            f"{', '.join(map(str, wanted))}). Pass inputs of the checkpoints' task."
         )
 
 

@@ -126,24 +126,6 @@ def _own(name: str, weights: Weights, program: Program, known: set[str]) -> Weig
     return weights
 
 
-def check_inputs(program: Program, data: Data | None) -> None:
-    """Refuse calibration inputs that are not of the network's shape.
-
-    Args:
-        program: The network.
-        data: Calibration data, if any.
-
-    Raises:
-        ConfigError: If the shapes differ.
-    """
-    wanted = program.input_shape()[1:]
-    if data is not None and tuple(data[0].shape[1:]) != tuple(wanted):
-        raise ConfigError(
-            f"batches: inputs have shape {tuple(data[0].shape)}, the network takes (b, "
-            f"{', '.join(map(str, wanted))}). Pass inputs of the checkpoints' task."
-        )
-
-
 def find_layout(
     program: Program, spec: PermutationSpec | None, member: tuple[str, Weights]
 ) -> Layout:

@@ -6,7 +6,6 @@ learned. Fresh from the constructor all heads are zero, so it *is* the average o
 members; whatever it does beyond that it has learned.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -320,7 +319,6 @@ def probe_start(images: Tensor, count: int, generator: torch.Generator) -> Tenso
     Returns:
         ``[count, ...]``.
     """
-    picks: Sequence[Tensor] = [
-        torch.randperm(len(images), generator=generator) for _ in range(-(-count // len(images)))
-    ]
-    return images[torch.cat(list(picks))[:count]]
+    rounds = -(-count // len(images))
+    picks = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
+    return images[torch.cat(picks)[:count]]
