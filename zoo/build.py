@@ -169,6 +169,7 @@ def build(options: ZooOptions, *, progress: Callable[[str, int, int], None] | No
             options or something else, or cannot be written.
     """
     folder = options.folder
+    check_place(folder)  # before the lock: a place that is refused is left as it was
     with _locked(folder):
         found = read_manifest(folder)
         if found is not None and found["digest"] == options.digest:
@@ -180,7 +181,6 @@ def build(options: ZooOptions, *, progress: Callable[[str, int, int], None] | No
                 f"{folder} holds a zoo with other options ({', '.join(differ)}). Choose another "
                 "--out, or delete it."
             )
-        check_place(folder)
         return _build(options, folder, progress)
 
 

@@ -534,3 +534,13 @@ def test_the_help_text_explains_every_option(monkeypatch, capsys):
 def test_bad_options_are_refused_from_python_too():
     with pytest.raises(ConfigError, match="init"):
         ZooOptions(init="none")
+
+
+def test_a_refused_folder_gets_no_lock_beside_it(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("not a zoo")
+    with pytest.raises(ZooError, match="holds no zoo"):
+        build(replace(SMALL, out=str(folder)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+    assert (folder / "notes.txt").read_text() == "not a zoo"
