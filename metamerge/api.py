@@ -12,19 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from metamerge.alignment import ALIGNMENTS, matching_cost
-from metamerge.calibration import Batches, check_fit, collect
+from metamerge.calibration import Batches, collect
 from metamerge.checkpoints import Checkpoint, Source, read_checkpoints, save_checkpoint
-from metamerge.errors import ConfigError, IncompatibleWeights
-from metamerge.network import (
-    carried_program,
-    find_layout,
-    find_program,
-    fit_members,
-)
+from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
+from metamerge.network import Given, carried_program, find_network
 from metamerge.refit import observe, refit
 from metamerge.registry import bind, check_options, get_method
 from metamerge.repair import repair
-from metamerge.structure import Layout, PermutationSpec, Program
+from metamerge.structure import Inputs, Layout, PermutationSpec, Program
 from metamerge.weights import (
     Weights,
     check_compatible,
@@ -102,6 +97,7 @@ def merge(
     batches: Batches | None = None,
     base: Source | None = None,
     spec: PermutationSpec | None = None,
+    example_inputs: Inputs | None = None,
     seed: int = 0,
     device: str = "auto",
     **options: Any,
@@ -121,7 +117,10 @@ def merge(
         batches: Calibration data: inputs ``[b, ...]``, a pair (inputs, labels), or an iterable of
             these.
         base: The checkpoint that the members were fine-tuned from, for methods that want it.
-        spec: A permutation spec of your own; it is proved before use.
+        spec: A permutation spec of your own; it is proved before use. A model that cannot be traced
+            needs one.
+        example_inputs: What to trace the model with where ``batches`` do not say it: a tensor, a
+            tuple of them, or a mapping from the names of forward()'s arguments.
         seed: Seed of everything random.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where there is one.
         **options: Options of the method.
@@ -133,6 +132,7 @@ def merge(
         ConfigError: If there is no checkpoint, something is missing, or method, alignment, device
             or an option is unknown.
         CheckpointError: If a checkpoint cannot be read, is unsafe or holds NaN.
+        StructureError: If the network cannot be followed, or the spec fails its proof.
         IncompatibleWeights: If the members differ in keys or shapes, or do not fit the model.
 
     Examples:
@@ -174,11 +174,8 @@ def merge(
     layout = None
     wanted = "layout" in record.required or ("layout" in record.resources and data is not None)
     if align or correct or wanted:
-        program = find_program(members, sources, model, data, learned)
-        named = fit_members(named, program)
-        if data is not None:
-            check_fit(program, data[0])
-        layout = find_layout(program, spec, named[0])
+        given = Given(members, sources, model, data, learned, example_inputs, spec)
+        layout, named = find_network(given, named)
     resources = {
         "layout": layout,
         "merger": learned,
@@ -193,11 +190,14 @@ def merge(
         if correct:
             fused = _corrected(fused, aligned, layout, data[0], correct)
     fused = _finished(fused, named, layout)
-    if layout and data and len(data[0]) > 1:  # one input has no variance
-        report["variance_ratio"] = _variance_ratio(fused, aligned, layout, data[0][:REPORTED])
+    if layout and layout.program and data and len(data[0]) > 1:  # one input has no variance
+        try:
+            report["variance_ratio"] = _variance_ratio(fused, aligned, layout, data[0][:REPORTED])
+        except StructureError as error:  # aligned and averaged all the same
+            report["variance_ratio"] = f"not measured: {error}"
     report["parameters"] = sum(t.numel() for t in fused.values() if t.is_floating_point())
     report["seconds"] = round(time.perf_counter() - clock, 4)
-    return Merged(fused, report, layout.program if layout else carried_program(members))
+    return Merged(fused, report, (layout and layout.program) or carried_program(members))
 
 
 def _check_choice(name: str, value: str | None, known: Mapping[str, Any]) -> None:
@@ -286,7 +286,7 @@ def _finished(fused: Weights, named: list[tuple[str, Weights]], layout: Layout |
     """Back to the CPU, the members' dtype and ties, and nothing that is not finite."""
     kinds = {key: _promoted([weights[key] for _, weights in named]) for key in named[0][1]}
     done = {key: fused[key].detach().cpu().to(kinds[key]).contiguous() for key in kinds}
-    for alias, key in layout.program.tied.items() if layout else ():
+    for alias, key in layout.program.tied.items() if layout and layout.program else ():
         done[alias] = done[key].clone()
     check_finite("the fused weights", done)
     return done

@@ -105,7 +105,9 @@ def check_fit(program: Program, inputs: Tensor) -> None:
 
     Raises:
         ConfigError: If the shapes differ.
+        StructureError: If the network only takes batches of the size it was traced with.
     """
+    program.check_rows()
     wanted = program.input_shape()[1:]
     if tuple(inputs.shape[1:]) != tuple(wanted):
         raise ConfigError(

@@ -1,16 +1,28 @@
 """The network that checkpoints belong to: given as a module, or carried by one of them."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metamerge.calibration import check_fit
 from metamerge.checkpoints import Checkpoint
 from metamerge.errors import ConfigError, StructureError
-from metamerge.structure import Layout, PermutationSpec, Program, discover_program, prove, trace
+from metamerge.structure import (
+    Inputs,
+    Layout,
+    PermutationSpec,
+    Program,
+    discover_program,
+    prove,
+    prove_module,
+    trace,
+)
 from metamerge.weights import Weights, strip_wrappers
 
 Data = tuple[Tensor, Tensor | None]
@@ -25,21 +37,67 @@ def carried_program(members: list[Checkpoint]) -> Program | None:
     return None if carried is None else Program.from_json(carried)
 
 
-def find_program(
-    members: list[Checkpoint],
-    sources: Sequence[Any],
-    model: nn.Module | None,
-    data: Data | None,
-    merger: Any,
-) -> Program:
-    """The network: the given model, a member that is a module, or what a checkpoint carries.
+@dataclass(frozen=True)
+class Given:
+    """All that can say what network checkpoints belong to.
 
-    Args:
+    Attributes:
         members: The checkpoints that were read.
         sources: What they were read from; a module among them says what network it is.
         model: A module that the caller gave.
         data: Calibration data to trace with.
         merger: A trained merger, whose probes are inputs of its networks.
+        example_inputs: What to trace a module with, before anything else.
+        spec: A permutation spec of the caller's.
+    """
+
+    members: list[Checkpoint]
+    sources: Sequence[Any]
+    model: nn.Module | None = None
+    data: Data | None = None
+    merger: Any = None
+    example_inputs: Inputs | None = None
+    spec: PermutationSpec | None = None
+
+
+def find_network(
+    given: Given, named: list[tuple[str, Weights]]
+) -> tuple[Layout, list[tuple[str, Weights]]]:
+    """The weight graph of the network, and the members in its names.
+
+    A network that cannot be traced is aligned by the caller's own spec, which is proved on inputs.
+
+    Args:
+        given: What says what network it is.
+        named: Pairs of a member's name and its weights.
+
+    Returns:
+        The layout and the pairs.
+
+    Raises:
+        ConfigError: If nothing says what network it is, or of what shape its inputs are.
+        StructureError: If it cannot be followed, a member does not fit it, or the spec fails.
+    """
+    inputs = given.example_inputs
+    if inputs is None and given.data is not None:
+        inputs = given.data[0][:2]
+    try:
+        program = find_program(given)
+    except StructureError:
+        if given.spec is None or given.model is None or inputs is None:
+            raise
+        return _by_hand(given.model, inputs, given.spec, named[0]), named
+    named = fit_members(named, program)
+    if given.data is not None:
+        check_fit(program, given.data[0])
+    return find_layout(program, given.spec, named[0]), named
+
+
+def find_program(given: Given) -> Program:
+    """The network: the given model, a member that is a module, or what a checkpoint carries.
+
+    Args:
+        given: What says what network it is.
 
     Returns:
         The traced network.
@@ -47,10 +105,12 @@ def find_program(
     Raises:
         ConfigError: If nothing says what network it is, or of what shape its inputs are.
     """
-    model = model or next((s for s in sources if isinstance(s, nn.Module)), None)
+    model = given.model or next((s for s in given.sources if isinstance(s, nn.Module)), None)
+    if model is not None and given.example_inputs is not None:
+        return trace(model, given.example_inputs)
     if model is not None:
-        return _traced(model, data, merger)
-    carried = carried_program(members)
+        return _traced(model, given.data, given.merger)
+    carried = carried_program(given.members)
     if carried is None:
         raise ConfigError(
             "model: the checkpoints do not say what network they belong to. Pass model=<an "
@@ -70,8 +130,9 @@ def _traced(model: nn.Module, data: Data | None, merger: Any) -> Program:
             return trace(model, probes[:2].detach().to(first))
     if first is None or first.ndim != 2:
         raise ConfigError(
-            "batches: the shape of the model's inputs cannot be read from its first layer. Pass "
-            "batches=<a few inputs [b, ...]>."
+            "example_inputs: the shape of the model's inputs cannot be read from its first layer. "
+            "Pass batches=<a few inputs [b, ...]>, or example_inputs=<a tensor, a tuple of them, "
+            "or a mapping from argument names>."
         )
     return trace(model, torch.zeros(2, first.shape[1], device=first.device, dtype=first.dtype))
 
@@ -81,6 +142,15 @@ def _can_read(weight: Tensor, shape: Sequence[int]) -> bool:
     if weight.ndim == 2:
         return weight.shape[1] == prod(shape)
     return weight.ndim == len(shape) + 1 and weight.shape[1] == shape[0]
+
+
+def _by_hand(
+    model: nn.Module, inputs: Inputs, spec: PermutationSpec, member: tuple[str, Weights]
+) -> Layout:
+    """A layout without a program: members can be aligned by the user's spec, and averaged."""
+    spec.check_weights(*member)
+    prove_module(copy.deepcopy(model).eval(), inputs, spec)
+    return Layout(None, spec)
 
 
 def fit_members(named: list[tuple[str, Weights]], program: Program) -> list[tuple[str, Weights]]:
@@ -153,5 +223,5 @@ def find_layout(
                     "network reads; axes that stay in place have factors without a group."
                 )
             prove(program, spec)
-        _LAYOUTS[key] = Layout.of(program, spec or discover_program(program))
+        _LAYOUTS[key] = Layout(program, spec or discover_program(program))
     return _LAYOUTS[key]

@@ -49,7 +49,7 @@ def digits_zoo():
     families = {key: t.unflatten(0, (FAMILIES, MEMBERS)) for key, t in weights.items()}
     return SimpleNamespace(
         network=network,
-        layout=Layout.of(program, discover_program(program)),
+        layout=Layout(program, discover_program(program)),
         train={key: t[:TRAINED_ON] for key, t in families.items()},
         unseen={key: t[TRAINED_ON:] for key, t in families.items()},
         segments=segments,

@@ -535,7 +535,7 @@ def test_a_correction_brings_the_variance_back(correct):
 def test_members_are_corrected_towards_as_they_were_averaged(correct, align):
     nets = [network(seed) for seed in range(3)]
     program = trace(nets[0], inputs(2))
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     members = {key: t[None] for key, t in stack([net.state_dict() for net in nets]).items()}
     if align:
         members = layout.spec.permute(members, weight_matching(members, layout.spec))

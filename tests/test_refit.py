@@ -116,7 +116,7 @@ class Setting:
     def __init__(self, model, shape, rows=50):  # by 81 positions: below MAX_ROWS
         self.model = model.double().eval()
         self.program = trace(model.float(), torch.zeros(2, *shape))
-        self.layout = Layout.of(self.program, discover_program(self.program))
+        self.layout = Layout(self.program, discover_program(self.program))
         self.model.double()
         generator = torch.Generator().manual_seed(0)
         self.inputs = torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
@@ -611,7 +611,7 @@ def test_a_unit_that_is_constant_in_all_members_stays_finite():
 
 def test_names_that_share_a_tensor_still_agree(mlp):
     program = replace(mlp.program, tied={"alias": "2.weight"})
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     members = {**mlp.members, "alias": mlp.members["2.weight"].clone()}
     fitted = refit(averaged(members), members, layout, mlp.inputs)
     assert torch.equal(fitted["alias"], fitted["2.weight"])

@@ -105,7 +105,7 @@ def averaged(members):
 
 def layout_of(model, inputs):
     program = trace(model, inputs[:2])
-    return Layout.of(program, discover_program(program))
+    return Layout(program, discover_program(program))
 
 
 def moments(weights, layout, inputs):
@@ -286,7 +286,7 @@ def test_a_unit_that_is_constant_in_the_fused_network_is_not_blown_up():
 def test_names_that_share_a_tensor_still_agree():
     model, inputs = MODELS["mlp"](), make_inputs("mlp")
     program = replace(trace(model, inputs), tied={"alias": "0.weight"})
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     members = make_members(model)
     members["alias"] = members["0.weight"].clone()
     fused = averaged(members)

@@ -63,7 +63,7 @@ class Zoo:
     def layout(self) -> Layout:
         """Weight graph of its networks, discovered and proved anew."""
         program = Program.from_json(self.manifest["program"])
-        return Layout.of(program, discover_program(program))
+        return Layout(program, discover_program(program))
 
     def families(self, part: str, members: int) -> Weights:
         """All families of one part and size.

@@ -6,6 +6,10 @@ ways: members are matched to the medoid first, and then in the order of their di
 others, so the result does not depend on the order in which they are given; a first pass compares
 units only by weights whose other axes are known by then, so nothing depends on the order in which a
 member stores its units either; and many families are matched in one call.
+
+A group with groups nested in its blocks (attention heads with their units, groups of channels) is
+assigned as in a tree: the gain of putting a member's block in a place is the best gain over the
+units inside it, found by assignments of their own for every pair of blocks.
 """
 
 from collections.abc import Sequence
@@ -43,7 +47,9 @@ def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30
     families, members = order.shape
     rows = torch.arange(families)[:, None]
     ranked = {key: tensor[rows, order] for key, tensor in exact.items()}
-    perm = {g: torch.arange(n).expand(families, members, n) for g, n in spec.groups.items()}
+    perm = {
+        g: index.expand(families, members, *index.shape) for g, index in spec.identity().items()
+    }
     centre = {key: tensor[:, 0] for key, tensor in ranked.items()}
     perm = _first_pass(ranked, spec, perm, centre)
     perm = _to_centre(ranked, spec, perm, centre, sweeps)
@@ -98,13 +104,11 @@ def _distances(weights: Weights, spec: PermutationSpec) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     families, members = next(iter(weights.values())).shape[:2]
     distance = torch.zeros(families, members, dtype=torch.float64)
-    for key, factored in spec.axes.items():
-        free = [
-            (axis, f.group) for axis, factors in enumerate(factored) for f in factors if f.group
-        ]
-        if len(free) != 1:
+    for key in spec.axes:
+        axes = {axis for group in spec.groups for k, axis in spec.touching(group) if k == key}
+        if len(axes) != 1:
             continue
-        units = spec.unit_rows(key, *free[0], weights[key].double())  # [f, m, n, r]
+        units = weights[key].double().movedim(2 + axes.pop(), 2)[..., None].flatten(3)
         columns = units.shape[-1]
         sketch = torch.randn(columns, _SKETCH, generator=generator, dtype=torch.float64)
         if columns <= _EXACT:
@@ -128,28 +132,52 @@ def _first_pass(
     """
     known: set[str] = set()
     while len(known) < len(spec.groups):
-        ready = {
-            group: [place for place in spec.touching(group) if _others(spec, place, group) <= known]
-            for group in spec.groups
-            if group not in known
+        waiting = [group for group in _outermost(spec) if group not in known]
+        ready = {g: _comparable(spec, _cluster(spec, g), known) for g in waiting}
+        share = {
+            g: _size(weights, ready[g]) / _size(weights, _touched(spec, _cluster(spec, g)))
+            for g in waiting
         }
-        share = {g: _size(weights, ready[g]) / _size(weights, spec.touching(g)) for g in ready}
         group = max(share, key=share.__getitem__)
-        places = ready[group] or spec.touching(group)
-        perm = {**perm, group: _assign(_gain(weights, centre, spec, perm, group, places))}
-        known.add(group)
+        keys = ready[group] or _touched(spec, _cluster(spec, group))
+        perm = _assigned(weights, spec, perm, centre, group, keys)
+        known |= {*_cluster(spec, group)}
     return perm
 
 
-def _others(spec: PermutationSpec, place: tuple[str, int], group: str) -> set[str]:
-    """Groups that permute a tensor besides ``group``, which counts if it is there twice."""
-    groups = [f.group for factors in spec.axes[place[0]] for f in factors if f.group]
-    groups.remove(group)
-    return set(groups)
+def _outermost(spec: PermutationSpec) -> list[str]:
+    """Groups that are nested in no other."""
+    return [group for group in spec.groups if not spec.outer(group)]
 
 
-def _size(weights: Weights, places: Sequence[tuple[str, int]]) -> int:
-    return sum(weights[key].numel() for key, _ in places)
+def _cluster(spec: PermutationSpec, group: str) -> tuple[str, ...]:
+    """A group and what is nested in it: they are assigned together."""
+    return (group, *spec.inner(group))
+
+
+def _touched(spec: PermutationSpec, groups: Sequence[str]) -> list[str]:
+    """Tensors that some groups permute."""
+    return list(dict.fromkeys(key for group in groups for key, _ in spec.touching(group)))
+
+
+def _comparable(spec: PermutationSpec, groups: Sequence[str], known: set[str]) -> list[str]:
+    """Tensors of some groups whose other groups are known by now.
+
+    A group that permutes two axes of a tensor, or two parts of an axis, does not know the other.
+
+    Returns:
+        State-dict keys.
+    """
+    keys = []
+    for key in _touched(spec, groups):
+        carried = [p.group for axis in range(len(spec.axes[key])) for p in spec.places(key, axis)]
+        if {*carried} - {*groups} <= known and all(carried.count(g) <= 1 for g in groups):
+            keys.append(key)
+    return keys
+
+
+def _size(weights: Weights, keys: Sequence[str]) -> int:
+    return sum(weights[key].numel() for key in keys)
 
 
 def _to_centre(
@@ -162,9 +190,9 @@ def _to_centre(
     """
     for _ in range(sweeps):
         before = perm
-        for group in spec.groups:
-            places = spec.touching(group)
-            perm = {**perm, group: _assign(_gain(weights, centre, spec, perm, group, places))}
+        for group in _outermost(spec):
+            keys = _touched(spec, _cluster(spec, group))
+            perm = _assigned(weights, spec, perm, centre, group, keys)
         if all(torch.equal(before[g], perm[g]) for g in perm):
             break
     return perm
@@ -214,26 +242,146 @@ def _inner(one: Weights, other: Weights) -> Tensor:
     return sum((tensor * other[key]).reshape(len(tensor), -1).sum(1) for key, tensor in one.items())
 
 
-def _gain(
+def _assigned(
     weights: Weights,
-    centre: Weights,
     spec: PermutationSpec,
     perm: Permutation,
+    centre: Weights,
     group: str,
-    places: Sequence[tuple[str, int]],
+    keys: Sequence[str],
+) -> Permutation:
+    """Match one group, and what is nested in it, by some tensors; all other groups stay.
+
+    Returns:
+        The permutation with new indices for these groups.
+    """
+    cluster = _cluster(spec, group)
+    others = {g: index for g, index in perm.items() if g not in cluster}
+    placed = {key: spec.permute_tensor(key, weights[key], others) for key in keys}
+    if len(cluster) == 1:
+        own = {group: perm[group]}
+        return {**perm, group: _assign(_gain(placed, centre, spec, own, group))}
+    return {**perm, **_assigned_blocks(placed, spec, perm, centre, group)}
+
+
+def _assigned_blocks(
+    placed: Weights, spec: PermutationSpec, perm: Permutation, centre: Weights, group: str
+) -> Permutation:
+    """Match the blocks of a group together with the groups that are nested in them.
+
+    Every shift of the blocks pairs each block of the centre with another one of the members; the
+    units inside are matched for all pairs of a shift at once. The assignment of blocks then picks
+    pairs, and with them the units inside.
+
+    Returns:
+        Indices of the group and of those nested in it.
+    """
+    count, inner = spec.groups[group], spec.inner(group)
+    here = torch.arange(count).expand(perm[group].shape)
+    score = torch.zeros(*here.shape, count, dtype=torch.float64)
+    found: dict[str, list[Tensor]] = {g: [] for g in inner}
+    for shift in range(count):
+        trial = _filled(placed, spec, {group: (here + shift) % count}, centre, inner)
+        value = sum(
+            _agreement(placed, centre, spec, trial, group, key) for key in placed
+        )  # [f, m, *blocks, n]
+        score.scatter_(-1, trial[group][..., None], value.cpu()[..., None])
+        for g in inner:
+            found[g].append(trial[g])
+    chosen = _assign(score)  # [f, m, *blocks, n]
+    shifts = (chosen - here) % count
+    return {group: chosen, **{g: _picked(spec, group, g, found[g], shifts) for g in inner}}
+
+
+def _filled(
+    placed: Weights,
+    spec: PermutationSpec,
+    trial: Permutation,
+    centre: Weights,
+    inner: Sequence[str],
+) -> Permutation:
+    """Match the nested groups inside blocks that are given.
+
+    First each by the tensors that carry no nested group which is still unknown, then, where there
+    are several, once more by all.
+
+    Returns:
+        The given indices and those of the nested groups.
+    """
+    trial = dict(trial)
+    waiting = list(inner)
+    lead = next(iter(placed.values())).shape[:2]
+    for g in inner:
+        index = spec.identity()[g]
+        trial[g] = index.expand(*lead, *index.shape)
+    while waiting:
+        known = {*spec.groups} - {*waiting}
+        ready = {g: [k for k in _comparable(spec, [g], known) if k in placed] for g in waiting}
+        group = max(waiting, key=lambda g: _size(placed, ready[g]))
+        some = {key: placed[key] for key in ready[group]} or placed
+        if any(key in some for key, _ in spec.touching(group)):
+            trial[group] = _assign(_gain(some, centre, spec, trial, group))
+        waiting.remove(group)
+    there = [g for g in inner if any(key in placed for key, _ in spec.touching(g))]
+    for group in there if len(there) > 1 else ():
+        trial[group] = _assign(_gain(placed, centre, spec, trial, group))
+    return trial
+
+
+def _picked(
+    spec: PermutationSpec, group: str, nested: str, found: Sequence[Tensor], shifts: Tensor
 ) -> Tensor:
-    """Inner product of every unit of the centre and every unit of a member, ``[f, m, n, n]``."""
-    gain = 0.0
-    for key, axis in places:
-        aligned = spec.permute_tensor(key, weights[key], perm, keep=(axis, group))
-        target = spec.unit_rows(key, axis, group, centre[key])  # [f, n, r]
-        units = spec.unit_rows(key, axis, group, aligned)  # [f, m, n, r]
-        gain = gain + torch.einsum("fir,fmjr->fmij", target, units)
+    """Of a nested group, the indices that belong to the shift that was chosen for each block."""
+    every = torch.stack(found, -1)  # [f, m, *blocks of the nested, n, shifts]
+    outer = spec.outer(nested)
+    shape = [*shifts.shape[:2], *[1] * len(outer), 1, 1]
+    for place, g in enumerate(outer):
+        if g in spec.outer(group) or g == group:
+            shape[2 + place] = spec.groups[g]
+    return every.gather(-1, shifts.reshape(shape).expand(*every.shape[:-1], 1))[..., 0]
+
+
+def _agreement(
+    placed: Weights, centre: Weights, spec: PermutationSpec, perm: Permutation, group: str, key: str
+) -> Tensor:
+    """Inner product of each unit of the centre and what is put in its place, ``[f, m, *, n]``."""
+    axes = [axis for k, axis in spec.touching(group) if k == key]
+    if not axes:
+        return torch.zeros(())
+    aligned = spec.permute_tensor(key, placed[key], perm)
+    rows = spec.unit_rows(key, axes[0], group, aligned)
+    target = spec.unit_rows(key, axes[0], group, centre[key])
+    return (rows * target[:, None]).sum(-1)
+
+
+def _gain(
+    placed: Weights, centre: Weights, spec: PermutationSpec, perm: Permutation, group: str
+) -> Tensor:
+    """Inner product of every unit of the centre and every unit of a member.
+
+    Args:
+        placed: Tensors ``[f, m, ...]`` in which all groups but those of ``perm`` are in place.
+        centre: Tensors ``[f, ...]``.
+        spec: The permutation spec.
+        perm: Indices of groups that are still to be put in place; that of ``group`` counts where
+            it permutes a second axis of a tensor.
+        group: The group.
+
+    Returns:
+        ``[f, m, *blocks, n, n]``.
+    """
+    gain = torch.zeros(())
+    for key, axis in spec.touching(group):
+        if key in placed:
+            aligned = spec.permute_tensor(key, placed[key], perm, keep=(axis, group))
+            target = spec.unit_rows(key, axis, group, centre[key])  # [f, *blocks, n, r]
+            units = spec.unit_rows(key, axis, group, aligned)  # [f, m, *blocks, n, r]
+            gain = gain + torch.einsum("f...ir,fm...jr->fm...ij", target, units)
     return gain
 
 
 def _assign(gain: Tensor) -> Tensor:
-    flat = gain.flatten(0, 1).cpu().numpy()
+    flat = gain.flatten(0, -3).cpu().numpy()
     columns = [linear_sum_assignment(g, maximize=True)[1] for g in flat]
     index = torch.stack([torch.from_numpy(c) for c in columns])
-    return index.reshape(*gain.shape[:2], -1)
+    return index.reshape(gain.shape[:-1])

@@ -11,6 +11,7 @@ from functools import cached_property
 from torch import Tensor
 
 from metamerge.errors import StructureError
+from metamerge.structure.factors import Concat
 from metamerge.structure.operators import LAYERS, LINEAR
 from metamerge.structure.program import Node, Program
 from metamerge.structure.spec import PermutationSpec
@@ -50,27 +51,34 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layout:
-    """A program, its permutation spec, and the layers in execution order."""
+    """A program, its permutation spec, and with them the layers in execution order.
 
-    program: Program
+    A network that cannot be traced has no program: its members can be aligned by a spec that was
+    written by hand, and averaged.
+    """
+
+    program: Program | None
     spec: PermutationSpec
-    layers: tuple[Layer, ...]
 
-    @classmethod
-    def of(cls, program: Program, spec: PermutationSpec) -> "Layout":
-        """Find the layers of a program.
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every linear map and convolution, in execution order.
 
-        Args:
-            program: The traced network.
-            spec: Its permutation spec.
-
-        Returns:
-            The layout.
+        Alignment and averages need none of them; what goes layer by layer refuses networks whose
+        layers are not followed yet.
 
         Raises:
-            StructureError: If a weight or bias is used twice or computed, or a weight joins several
-                groups on one axis.
+            StructureError: If a weight or bias is used twice or computed, a weight joins several
+                groups on one axis, or an operator of another kind reads a matrix of weights.
         """
+        program, spec = self.program, self.spec
+        if program is None:
+            raise StructureError(
+                "The network cannot be traced, so nothing goes through it layer by layer: align "
+                "and average its members, without correct= and learned mergers."
+            )
+        program.check_rows()
+        _check_readers(program)
         calls = [node for node in program.nodes if node.op in LAYERS]
         hidden = _hidden(program)
         layers = tuple(_layer(program, spec, node, node.name in hidden) for node in calls)
@@ -80,7 +88,7 @@ class Layout:
             raise StructureError(
                 f"{shared}: used by several layers, which is not supported yet. Give each a copy."
             )
-        return cls(program, spec, layers)
+        return layers
 
     @cached_property
     def by_node(self) -> dict[str, Layer]:
@@ -150,6 +158,20 @@ class Layout:
         return rows, columns, rest
 
 
+def _check_readers(program: Program) -> None:
+    """Refuse networks with weights that are no layers, such as embeddings and recurrent ones."""
+    for node in program.nodes:
+        if node.op in LAYERS:
+            continue
+        for value in {*node.refs} & program.parameters.keys():
+            if len(program.shape(value)) > 1:
+                raise StructureError(
+                    f"{program.parameters[value]}: is read by aten.{node.op} ({node.name}); what "
+                    "goes layer by layer (repair, refit, learned mergers) knows linear maps and "
+                    "convolutions. Align and average such networks."
+                )
+
+
 def _hidden(program: Program) -> set[str]:
     """Nodes of the layers that other layers read, directly or through what lies between."""
     hidden: set[str] = set()
@@ -170,10 +192,13 @@ def _layer(program: Program, spec: PermutationSpec, node: Node, hidden: bool) ->
             f"{node.name}: its weight is computed, not a parameter; this is not supported yet."
         )
     weight, bias = keys[0], keys[1] if len(keys) > 1 else None
-    columns = [f.group for f in spec.axes[weight][1] if f.group]
-    if len(columns) > 1:
+    rows, columns = ([place.group for place in spec.places(weight, axis)] for axis in (0, 1))
+    nested = [group for group in (*rows, *columns) if spec.outer(group)]
+    if len(columns) > 1 or len(rows) > 1 or nested or _concatenated(spec, weight):
         raise StructureError(
-            f"{weight}: its columns join {columns}; a merger needs one group per axis."
+            f"{weight}: its rows carry the groups {rows}, its columns {columns}; what goes layer "
+            "by layer (repair, refit, learned mergers) needs one group per axis. Align and average "
+            "such networks."
         )
     source = columns[0] if columns else f"inputs:{node.name}"
     target = spec.row_group(weight) or (f"fixed:{node.name}" if hidden else OUTPUTS)
@@ -181,3 +206,7 @@ def _layer(program: Program, spec: PermutationSpec, node: Node, hidden: bool) ->
     plain = node.op == "conv2d.default" and node.argument(6, 1) == 1
     patches = plain and not isinstance(node.argument(4, ()), str)
     return Layer(node.name, weight, bias, source, target, linear, linear or patches)
+
+
+def _concatenated(spec: PermutationSpec, weight: str) -> bool:
+    return any(isinstance(f, Concat) for axis in spec.axes[weight] for f in axis)

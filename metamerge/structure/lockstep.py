@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor
 
 from metamerge.structure.operators import ELEMENTWISE, SPATIAL
-from metamerge.structure.program import Node, Program, Ref, operator
+from metamerge.structure.program import FACTORIES, Node, Program, Ref, operator
+from metamerge.structure.rules.recurrent import RECURRENT_RULES
 from metamerge.weights import Weights
 
 
@@ -71,19 +72,21 @@ class Execution:
         self.program = program
         self.weights = weights
         self.stacked = stacked
+        self.device = inputs[0].device if inputs else torch.device("cpu")
         lanes = [Lane(x, own_inputs) for x in inputs]
-        self.values = dict(zip(program.inputs, lanes, strict=True))
+        self.values = dict(zip(program.inputs, lanes, strict=bool(inputs)))
 
-    def step(self, node: Node) -> Lane:
+    def step(self, node: Node, lane: Lane | None = None) -> Lane:
         """Run one node and free what is not needed after it.
 
         Args:
             node: The next node of the program.
+            lane: Its output, where ``peek`` has it already.
 
         Returns:
             Its output.
         """
-        lane = self.values[node.name] = self.peek(node)
+        lane = self.values[node.name] = self.peek(node) if lane is None else lane
         for name in node.refs:
             if self.program.last_use.get(name) == node.name:
                 self.values.pop(name, None)
@@ -93,6 +96,8 @@ class Execution:
         """What the node would put out now; nothing is stored and nothing freed."""
         args = tuple(self._lane(a) for a in node.args)
         kwargs = {k: self._plain(v) for k, v in node.kwargs.items()}
+        if node.op in FACTORIES:
+            kwargs["device"] = self.device
         return _call(node.op, args, kwargs)
 
     def argument(self, node: Node, position: int) -> Lane:
@@ -111,6 +116,8 @@ class Execution:
             return Lane(argument, False)
         if argument.name in self.values:
             return self.values[argument.name]
+        if argument.name in self.program.constants:
+            return Lane(self.program.constants[argument.name].to(self.device), False)
         return Lane(self.weights[self.program.parameters[argument.name]], self.stacked)
 
     def _plain(self, argument: Any) -> Any:
@@ -127,6 +134,8 @@ def _call(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Lane:
     if op == "sym_size.int":
         value, dim = args[0], values[1]
         return Lane(value.value.shape[dim + value.stacked], False)
+    if op == "python.getitem":
+        return Lane(values[0][values[1]], args[0].stacked)
     if not any(a.stacked for a in args):
         return Lane(operator(op)(*values, **kwargs), False)
     if op in BATCHED:
@@ -141,14 +150,14 @@ def _joined(lanes: list[Lane]) -> Lane:
     stacked = [len(lane.value) for lane in lanes if lane.stacked]
     if not stacked:
         return Lane([lane.value for lane in lanes], False)
-    return Lane(
-        [v if own else v.expand(stacked[0], *v.shape) for v, own in lanes],
-        True,
-    )
+    shared = [v.expand(stacked[0], *v.shape) if isinstance(v, Tensor) else v for v, _ in lanes]
+    return Lane([v if own else s for (v, own), s in zip(lanes, shared, strict=True)], True)
 
 
 def _mapped(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
     """Any operator, over the networks."""
+    if op in RECURRENT_RULES:  # torch.vmap knows none of these
+        return _one_by_one(op, args, kwargs)
     tensors = [i for i, a in enumerate(args) if a.stacked or isinstance(a.value, Tensor)]
     dims = tuple(0 if args[i].stacked else None for i in tensors)
 
@@ -159,6 +168,24 @@ def _mapped(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
         return operator(op)(*full, **kwargs)
 
     return torch.vmap(call, in_dims=dims)(*(args[i].value for i in tensors))
+
+
+def _one_by_one(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """A recurrent layer of one network after the other."""
+    stacked = next(a.value for a in args if a.stacked)
+    count = len(stacked[0] if isinstance(stacked, list) else stacked)
+
+    def own(lane: Lane, network: int) -> Any:
+        if not lane.stacked:
+            return lane.value
+        return (
+            [v[network] for v in lane.value]
+            if isinstance(lane.value, list)
+            else lane.value[network]
+        )
+
+    each = [operator(op)(*(own(a, k) for a in args), **kwargs) for k in range(count)]
+    return tuple(torch.stack(values) for values in zip(*each, strict=True))
 
 
 def _elementwise(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -261,7 +288,5 @@ BATCHED: dict[str, Callable[[str, tuple[Lane, ...], dict[str, Any]], Tensor | No
     "linear.default": _linear,
     "batch_norm.default": _batch_norm,
     "flatten.using_ints": _flatten,
-    "view.default": _reshape,
     "reshape.default": _reshape,
-    "_unsafe_view.default": _reshape,
 }

@@ -132,7 +132,7 @@ def test_the_aligned_average_is_the_mean_of_aligned_members(families, digits_zoo
 
 def test_votes_by_hand():
     program = trace(nn.Sequential(nn.Linear(1, 2, bias=False)), torch.zeros(2, 1))
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     # Logits of class 0 are w * x, of class 1 zero: one sure voice against two unsure ones.
     weights = torch.tensor([[[5.0], [0.0]], [[-0.1], [0.0]], [[-0.1], [0.0]]])
     found = controls.votes({"0.weight": weights[None]}, layout, torch.tensor([[1.0], [-1.0]]))

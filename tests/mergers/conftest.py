@@ -23,7 +23,7 @@ def build_case(name, widths, families=2, members=4, shape=SHAPE, classes=CLASSES
         return architectures.build(name, shape, classes, widths=widths)
 
     program = architectures.program_of(network(), shape)
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     weights = init_networks(network, range(families * members))
     stacked = {key: t.unflatten(0, (families, members)) for key, t in weights.items()}
     inputs = torch.rand(30, *shape, generator=torch.Generator().manual_seed(1))

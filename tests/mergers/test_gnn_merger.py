@@ -191,7 +191,7 @@ OTHER_NETWORKS = {
 def test_networks_of_other_shapes_keep_all_symmetries(make_merger, network):
     models = [OTHER_NETWORKS[network]().eval() for _ in range(3)]
     program = trace(models[0], torch.zeros(2, 1, 8, 8))
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     generator = seeded()
     for key, tensor in [pair for model in models for pair in model.state_dict().items()]:
         if tensor.is_floating_point():  # in place; variances stay positive
@@ -293,7 +293,7 @@ def test_every_unit_has_one_coefficient_per_member_and_they_sum_to_one(case, mak
 def scalar_layout():
     model = nn.Sequential(nn.Linear(1, 2, bias=False))
     program = trace(model, torch.zeros(2, 1))
-    return Layout.of(program, discover_program(program))
+    return Layout(program, discover_program(program))
 
 
 def test_a_mixture_of_four_numbers():
@@ -306,7 +306,7 @@ def test_a_mixture_of_four_numbers():
 def test_integer_tensors_are_those_of_the_first_member():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
     program = trace(model, torch.zeros(2, 3))
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     members = {key: t[None] for key, t in stack([model.state_dict()] * 2).items()}
     members["1.num_batches_tracked"] = torch.tensor([[7, 9]])
     shares = {space: torch.full((1, 2, n), 0.5) for space, n in layout.spaces.items()}

@@ -25,7 +25,7 @@ def tokens(case, members):
 
 def linear_layout(columns, rows):
     program = trace(nn.Sequential(nn.Linear(columns, rows)), torch.zeros(2, columns))
-    return Layout.of(program, discover_program(program))
+    return Layout(program, discover_program(program))
 
 
 def class_case(classes=4):
@@ -72,7 +72,7 @@ def test_a_token_says_of_what_kind_its_space_is():
         nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)),
         torch.zeros(2, 1, 4, 4),
     )
-    layout = Layout.of(program, discover_program(program))
+    layout = Layout(program, discover_program(program))
     model = {"0.weight": (3, 1, 3, 3), "0.bias": (3,), "3.weight": (2, 12), "3.bias": (2,)}
     members = {key: torch.randn(1, 2, *shape) for key, shape in model.items()}
     found = unit_tokens(members, layout, observe(members, layout, torch.rand(4, 1, 4, 4)))

@@ -7,7 +7,7 @@ from metamerge.structure import Layout, discover_program, trace
 
 def layout_of(model, inputs):
     program = trace(model, inputs)
-    return Layout.of(program, discover_program(program))
+    return Layout(program, discover_program(program))
 
 
 @pytest.fixture(scope="session")

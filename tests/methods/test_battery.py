@@ -36,7 +36,7 @@ def network():
 
 def make_layout():
     program = trace(network(), torch.zeros(2, 6))
-    return Layout.of(program, discover_program(program))
+    return Layout(program, discover_program(program))
 
 
 LAYOUT = make_layout()

@@ -1,6 +1,7 @@
 """A table of small networks with their groups written down by hand; every property runs over all.
 
-A line of ``groups`` is what ``str(spec)`` says of a group: name, number of units, every place.
+A line of ``groups`` is what ``str(spec)`` says of a group: name, number of units, what it is nested
+in, the changes of scale that it allows, every place.
 """
 
 from collections.abc import Callable
@@ -82,13 +83,71 @@ class Views(nn.Module):
         return self.leave(x.clamp(-2, 2) + left**2)
 
 
+class Attention(nn.Module):
+    """Two heads of three units, packed into one layer, beside the stream that they are added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.packed = nn.Linear(5, 7), nn.Linear(7, 18)
+        self.merge, self.leave = nn.Linear(6, 7), nn.Linear(7, 3)
+
+    def forward(self, x):  # [b, 4, 5]
+        x = F.gelu(self.enter(x))
+        parts = self.packed(x).split(6, dim=-1)
+        q, k, v = (part.unflatten(-1, (2, 3)).transpose(1, 2) for part in parts)
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v  # [b, heads, 4, units]
+        return self.leave(F.gelu(x + self.merge(mixed.transpose(1, 2).flatten(2))))
+
+
+class Concatenation(nn.Module):
+    """A layer behind two others and the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.leave = nn.Linear(5, 4), nn.Linear(5, 6), nn.Linear(15, 3)
+
+    def forward(self, x):
+        return self.leave(torch.cat([F.gelu(self.left(x)), x, F.gelu(self.right(x))], 1))
+
+
+class Shared(nn.Module):
+    """One layer that is used twice, and one whose weight is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = F.gelu(F.linear(x, 2 * self.enter.weight, self.enter.bias))
+        return self.leave(F.gelu(self.inner(F.gelu(self.inner(x)))))
+
+
+class Written(nn.Module):
+    """A change in place through a view, and constants: equal entries, and one per unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 3)
+        self.register_buffer("factor", torch.full((6,), 0.5), persistent=False)
+        self.register_buffer("each", torch.arange(1.0, 5.0), persistent=False)
+
+    def forward(self, x):
+        x = F.gelu(self.enter(x))
+        x.unsqueeze(1).mul_(self.factor)
+        return self.leave(F.gelu(self.inner(x)) * self.each)
+
+
 @dataclass(frozen=True)
 class Network:
-    """A row of the table: how to build it, what it reads, what must be found."""
+    """A row of the table: how to build it, what it reads, what must be found.
+
+    ``layered`` says whether what goes layer by layer can follow it.
+    """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     groups: tuple[str, ...] = ()
+    layered: bool = True
 
     @cached_property
     def program(self) -> Program:
@@ -100,7 +159,7 @@ class Network:
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout.of(self.program, self.spec)
+        return Layout(self.program, self.spec)
 
     def inputs(self, *sizes: int, seed: int = 0) -> Tensor:
         """Random inputs ``[*sizes, ...]`` in float64."""
@@ -136,8 +195,8 @@ NETWORKS = {
         ),
         (5,),
         (
-            "0 (7 units): 0.weight[0], 0.bias[0], 2.weight[1]",
-            "2 (6 units): 2.weight[0], 2.bias[0], 4.weight[1]",
+            "0 (7 units, positive scaling): 0.weight[0], 0.bias[0], 2.weight[1]",
+            "2 (6 units, sign scaling): 2.weight[0], 2.bias[0], 4.weight[1]",
         ),
     ),
     "mlp without biases": Network(
@@ -169,7 +228,7 @@ NETWORKS = {
             nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 3)
         ),
         (5,),
-        ("0 (4 units): 0.weight[0], 0.bias[0], 2.weight[1]",),
+        ("0 (4 units, sign scaling): 0.weight[0], 0.bias[0], 2.weight[1]",),
     ),
     "residual": Network(
         Residual,
@@ -184,10 +243,12 @@ NETWORKS = {
         Tokens,
         (4, 3),
         (
-            "place (6 units): place[1], embed.weight[0], embed.bias[0], norm.weight[0], "
-            "norm.bias[0], inner.weight[1]",
-            "scale (5 units): scale[0], inner.weight[0], inner.bias[0], leave.weight[1]",
+            "place (6 units, real scaling): place[1], embed.weight[0], embed.bias[0], "
+            "norm.weight[0], norm.bias[0], inner.weight[1]",
+            "scale (5 units, real and positive scaling): scale[0], inner.weight[0], "
+            "inner.bias[0], leave.weight[1]",
         ),
+        layered=False,
     ),
     "conv1d": Network(
         lambda: nn.Sequential(
@@ -203,7 +264,7 @@ NETWORKS = {
         (2, 8),
         (
             "0 (4 units): 0.weight[0], 0.bias[0], 3.weight[1]",
-            "3 (3 units): 3.weight[0], 3.bias[0], 7.weight[1]",
+            "3 (3 units, positive scaling): 3.weight[0], 3.bias[0], 7.weight[1]",
         ),
     ),
     "conv2d with batch normalisation and flatten": Network(
@@ -219,9 +280,9 @@ NETWORKS = {
         ),
         (2, 6, 6),
         (
-            "0 (4 units): 0.weight[0], 0.bias[0], 1.weight[0], 1.bias[0], 5.weight[1], "
-            "1.running_mean[0], 1.running_var[0]",
-            "5 (5 units): 5.weight[0], 5.bias[0], 7.weight[1]",
+            "0 (4 units, positive scaling): 0.weight[0], 0.bias[0], 1.weight[0], 1.bias[0], "
+            "5.weight[1], 1.running_mean[0], 1.running_var[0]",
+            "5 (5 units, positive scaling): 5.weight[0], 5.bias[0], 7.weight[1]",
         ),
     ),
     "conv2d with pads, strides and dilation": Network(
@@ -263,13 +324,13 @@ NETWORKS = {
         ResidualMaps,
         (2, 6, 6),
         (
-            "stem (4 units): stem.weight[0], bn0.weight[0], bn0.bias[0], conv1.weight[1], "
-            "short.weight[1], bn0.running_mean[0], bn0.running_var[0]",
-            "conv1 (5 units): conv1.weight[0], bn1.weight[0], bn1.bias[0], conv2.weight[1], "
-            "bn1.running_mean[0], bn1.running_var[0]",
-            "conv2 (6 units): conv2.weight[0], bn2.weight[0], bn2.bias[0], short.weight[0], "
-            "bn3.weight[0], bn3.bias[0], fc.weight[1], bn2.running_mean[0], bn2.running_var[0], "
-            "bn3.running_mean[0], bn3.running_var[0]",
+            "stem (4 units, positive scaling): stem.weight[0], bn0.weight[0], bn0.bias[0], "
+            "conv1.weight[1], short.weight[1], bn0.running_mean[0], bn0.running_var[0]",
+            "conv1 (5 units, positive scaling): conv1.weight[0], bn1.weight[0], bn1.bias[0], "
+            "conv2.weight[1], bn1.running_mean[0], bn1.running_var[0]",
+            "conv2 (6 units, positive scaling): conv2.weight[0], bn2.weight[0], bn2.bias[0], "
+            "short.weight[0], bn3.weight[0], bn3.bias[0], fc.weight[1], bn2.running_mean[0], "
+            "bn2.running_var[0], bn3.running_mean[0], bn3.running_var[0]",
         ),
     ),
     "conv3d": Network(
@@ -303,12 +364,73 @@ NETWORKS = {
         (5,),
         ("0 (4 units): 0.weight[0], 3.weight[1]",),
     ),
+    "attention": Network(
+        Attention,
+        (4, 5),
+        (
+            "enter (7 units): enter.weight[0], enter.bias[0], packed.weight[1], merge.weight[0], "
+            "merge.bias[0], leave.weight[1]",
+            "packed (2 units, sign scaling): packed.weight[0], packed.bias[0], merge.weight[1]",
+            "packed#2 (3 units in each of packed, sign scaling): packed.weight[0], packed.bias[0]",
+            "packed#3 (3 units in each of packed, real scaling): packed.weight[0], "
+            "packed.bias[0], merge.weight[1]",
+        ),
+        layered=False,
+    ),
+    "grouped convolution": Network(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 1),
+            nn.GELU(),
+            nn.Conv2d(4, 6, 3, groups=2),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, 3),
+        ),
+        (2, 5, 5),
+        (
+            "0 (2 units): 0.weight[0], 0.bias[0], 2.weight[0], 2.bias[0], 6.weight[1]",
+            "0#2 (2 units in each of 0): 0.weight[0], 0.bias[0], 2.weight[1]",
+            "2 (3 units in each of 0): 2.weight[0], 2.bias[0], 6.weight[1]",
+        ),
+        layered=False,
+    ),
+    "concatenation": Network(
+        Concatenation,
+        (5,),
+        (
+            "left (4 units): left.weight[0], left.bias[0], leave.weight[1]",
+            "right (6 units): right.weight[0], right.bias[0], leave.weight[1]",
+        ),
+        layered=False,
+    ),
+    "shared": Network(
+        Shared,
+        (5,),
+        (
+            "enter (7 units): enter.weight[0], enter.bias[0], inner.weight[0], inner.weight[1], "
+            "inner.bias[0], leave.weight[1]",
+        ),
+        layered=False,
+    ),
+    "written in place": Network(
+        Written,
+        (5,),
+        ("enter (6 units): enter.weight[0], enter.bias[0], inner.weight[1]",),
+    ),
 }
+LAYERED = [name for name, network in NETWORKS.items() if network.layered]
 
 
 @pytest.fixture(scope="session", params=NETWORKS)
 def network(request):
     """Every network of the table in turn."""
+    return NETWORKS[request.param]
+
+
+@pytest.fixture(scope="session", params=LAYERED)
+def layered(request):
+    """Every network whose layers can be followed, in turn."""
     return NETWORKS[request.param]
 
 

@@ -8,7 +8,7 @@ from metamerge.structure import OUTPUTS, Layout, discover_program, trace
 
 def layout_of(model, *shape):
     program = trace(model, torch.zeros(2, *shape))
-    return Layout.of(program, discover_program(program))
+    return Layout(program, discover_program(program))
 
 
 def described(layout):
@@ -121,8 +121,8 @@ def test_the_matrix_behind_a_flatten_has_positions_behind():
     assert torch.equal(stacked[0, 1], -layout.matrix(last, weight))
 
 
-def test_a_matrix_is_permuted_by_permuting_its_rows_and_columns(network):
-    spec, layout, weights = network.spec, network.layout, network.weights(2)
+def test_a_matrix_is_permuted_by_permuting_its_rows_and_columns(layered):
+    spec, layout, weights = layered.spec, layered.layout, layered.weights(2)
     perm = spec.random(torch.Generator().manual_seed(0))
     permuted = spec.permute(weights, perm)
     sizes = layout.spaces
@@ -166,6 +166,28 @@ def test_a_normalisation_of_the_batch_itself_has_no_running_mean(networks):
     assert networks["mlp"].layout.running_means == {}
 
 
+def test_the_layers_of_every_network_are_its_linear_maps_and_convolutions(layered):
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    modules = [f"{n}.weight" for n, m in layered.build().named_modules() if isinstance(m, kinds)]
+    assert sorted(layer.weight for layer in layered.layout.layers) == sorted(modules)
+
+
+def test_networks_that_cannot_be_followed_layer_by_layer_have_a_spec_all_the_same(networks):
+    others = {name: network for name, network in networks.items() if not network.layered}
+    assert others
+    for name, network in others.items():
+        assert network.layout.spec.groups, name
+        with pytest.raises(StructureError):
+            _ = network.layout.layers
+
+
+def refused(layout):
+    """What a layout says that cannot be followed layer by layer."""
+    with pytest.raises(StructureError) as caught:
+        _ = layout.layers
+    return str(caught.value)
+
+
 class Shared(nn.Module):
     """Two layers that share a weight or a bias."""
 
@@ -185,42 +207,96 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True), (True, True)])
 def test_tensors_that_two_layers_share_are_refused_by_name(weight, bias):
-    with pytest.raises(StructureError, match="used by several layers") as caught:
-        layout_of(Shared(weight, bias), 4)
-    assert (".weight'" in str(caught.value)) == weight
-    assert (".bias'" in str(caught.value)) == bias
+    message = refused(layout_of(Shared(weight, bias), 4))
+    assert "used by several layers" in message
+    assert (".weight'" in message) == weight
+    assert (".bias'" in message) == bias
 
 
 def test_nothing_shared_is_not_refused():
     assert len(layout_of(Shared(False, False), 4).layers) == 4
 
 
-def test_a_computed_weight_is_refused():
-    class Scaled(nn.Module):
+class Scaled(nn.Module):
+    """A weight that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.enter.weight * 2)
+        return self.leave(torch.relu(x))
+
+
+def test_a_computed_weight_is_refused_by_name():
+    message = refused(layout_of(Scaled(), 4))
+    assert message.startswith("enter.weight: is read by aten.mul.Tensor (mul)")
+    assert "Align and average such networks." in message
+
+
+def test_a_vector_that_is_computed_is_refused_where_a_layer_reads_it():
+    class Shifted(nn.Module):
         def __init__(self):
             super().__init__()
             self.enter, self.leave = nn.Linear(4, 5), nn.Linear(5, 3)
 
         def forward(self, x):
-            x = nn.functional.linear(x, self.enter.weight * 2)
+            x = nn.functional.linear(x, self.enter.weight, self.enter.bias * 2)
             return self.leave(torch.relu(x))
 
-    with pytest.raises(StructureError, match="its weight is computed"):
-        layout_of(Scaled(), 4)
+    assert "its weight is computed" in refused(layout_of(Shifted(), 4))
 
 
-def test_columns_of_two_groups_are_refused():
+@pytest.mark.parametrize(
+    ("model", "example", "reader"),
+    [
+        (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)), torch.zeros(2, 5).long(), "embedding"),
+        (nn.ConvTranspose2d(2, 3, 2), torch.zeros(2, 2, 4, 4), "conv_transpose2d"),
+        (nn.Bilinear(4, 4, 3), [torch.zeros(2, 4)] * 2, "bilinear"),
+    ],
+)
+def test_matrices_that_no_layer_reads_are_refused_with_their_reader(model, example, reader):
+    program = trace(model, example)
+    message = refused(Layout(program, discover_program(program)))
+    assert "weight: is read by aten." in message
+    assert f"aten.{reader}" in message
+
+
+def test_columns_of_two_groups_are_refused_with_both():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.inner, self.leave = (
-                nn.Conv1d(2, 3, 1),
-                nn.Linear(4, 5),
-                nn.Linear(15, 2),
-            )
+            self.conv, self.inner = nn.Conv1d(2, 3, 1), nn.Linear(4, 5, bias=False)
+            self.leave = nn.Linear(15, 2)
 
         def forward(self, x):  # [b, 2, 4] -> channels by units
             return self.leave(torch.relu(self.inner(self.conv(x))).flatten(1))
 
-    with pytest.raises(StructureError, match=r"leave.weight: its columns join \['conv', 'inner'\]"):
-        layout_of(Both(), 2, 4)
+    message = refused(layout_of(Both(), 2, 4))
+    assert "leave.weight: its rows carry the groups [], its columns ['conv', 'inner']" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"), [("grouped convolution", "0.weight"), ("concatenation", "leave.weight")]
+)
+def test_blocks_and_concatenations_are_refused_by_name(networks, name, weight):
+    assert refused(networks[name].layout).startswith(f"{weight}: its rows carry the groups ")
+
+
+def test_a_fixed_batch_is_refused():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.enter(x)[0]
+
+    assert "whatever the size of the batch" in refused(layout_of(First(), 4))
+
+
+def test_a_network_that_cannot_be_traced_has_a_layout_without_layers(networks):
+    layout = Layout(None, networks["mlp"].spec)
+    assert layout.spec.groups == {"0": 7, "2": 6}
+    assert "cannot be traced" in refused(layout)
