@@ -13,10 +13,10 @@ installed::
 """
 
 import copy
+import gc
 import importlib.util
 import json
 import logging
-import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,9 @@ def main() -> None:
             for package in OTHERS
             if proved and package in proved[0]
         },
+        "rebasin_keeps_outputs": sum(
+            row.get("rebasin", {}).get("keeps_function", False) for row in proved
+        ),
         **({name: _full_size(name) for name in FULL_SIZE} if options.full_size else {}),
     }
     for name in FULL_SIZE if options.full_size else ():
@@ -172,7 +176,7 @@ def _rebasin(build: Callable[[], Sample]) -> dict[str, Any]:
     from rebasin import PermutationCoordinateDescent
 
     model, inputs = build()
-    other = _perturbed(build()[0])
+    other = _redrawn(build()[0])
     if isinstance(inputs, dict) or len(inputs) > 1:
         return {"groups": None, "why": "takes one positional input"}
     before = _first(other(*inputs))
@@ -206,12 +210,14 @@ def _torch_pruning(build: Callable[[], Sample]) -> dict[str, Any]:
 OTHERS = {"rebasin": _rebasin, "torch_pruning": _torch_pruning}
 
 
-def _perturbed(model: nn.Module) -> nn.Module:
+def _redrawn(model: nn.Module) -> nn.Module:
+    """A network of the same architecture whose weights have nothing to do with the first."""
     generator = torch.Generator().manual_seed(1)
     model = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            spread, mean = parameter.std(correction=0), parameter.mean()
+            parameter.copy_(mean + spread * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -229,17 +235,19 @@ def _full_size(name: str) -> dict[str, Any]:
 
 
 def _measure(name: str) -> None:
-    """What ``_full_size`` runs: peak memory is that of the process, less what was loaded before."""
+    """What ``_full_size`` runs: peak memory during discovery, the model included."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     discover(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(2, 4))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model, inputs = getattr(architectures, name)()
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is counted anew
+    before = _peak()
     clock = time.perf_counter()
     spec = discover(model, inputs)
     seconds = time.perf_counter() - clock
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    peak = _peak() - before + size
     result = {
         "groups": len(spec.groups),
         "free": spec.free_share,
@@ -248,6 +256,12 @@ def _measure(name: str) -> None:
         "peak_over_model": round(peak / size, 2),
     }
     print(json.dumps(result))
+
+
+def _peak() -> int:
+    """Largest resident memory of this process since it was last reset, in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ def discover(model: nn.Module, example_inputs: Inputs, *, partial: bool = False)
             fails.
 
     Examples:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> print(discover(net, torch.zeros(2, 4)))
         PermutationSpec: 1 group, 8 of 8 hidden units are free

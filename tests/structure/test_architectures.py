@@ -27,8 +27,8 @@ def built(name):
     return CATALOGUE[name]()
 
 
-# Three groups of a convolution, shuffled into three groups of eight channels: 8 is no multiple of 3,
-# so that no two channels come from the same group and go to the same place of another.
+# Three groups of a convolution, shuffled into three groups of eight channels: 8 is no multiple of
+# 3, so that no two channels come from the same group and go to the same place of another.
 SHARES = {"shufflenet": 0.5}
 
 
