@@ -81,7 +81,7 @@ class Axes:
 
     def atoms(self, axis: Axis) -> list[int]:
         """Today's atoms of an axis, in order, those of all parts included."""
-        return list(_leaves(self.resolve(axis)))
+        return list(leaves(self.resolve(axis)))
 
     def unify(self, one: Axis, other: Axis, where: str) -> None:
         """Tie two axes of equal size, entry by entry.
@@ -471,10 +471,11 @@ def _inlined(part: Resolved) -> tuple[Resolved, ...]:
     return part[0].axes if len(part) == 1 and isinstance(part[0], Parts) else (part,)
 
 
-def _leaves(resolved: Resolved) -> Iterable[int]:
+def leaves(resolved: Resolved) -> Iterable[int]:
+    """Atoms of a resolved axis in order, those of all parts included."""
     for item in resolved:
         if isinstance(item, Parts):
             for axis in item.axes:
-                yield from _leaves(axis)
+                yield from leaves(axis)
         else:
             yield item

@@ -59,7 +59,7 @@ def discover_program(program: Program, *, partial: bool = False) -> PermutationS
     if key not in _SPECS:
         walk = Walk(program, partial)
         spec = walk.spec()
-        spec = find_scalings(program, spec, walk.leaves(spec))
+        spec = find_scalings(program, spec, walk.carried(spec))
         while failure := find_failure(program, spec):
             if failure.scaling is not None:  # a change of scale is recorded where it is proved
                 kept = tuple(s for s in spec.scalings if s != failure.scaling)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from metamerge.errors import StructureError
-from metamerge.structure.axes import Axes, Axis, Parts, Resolved
+from metamerge.structure.axes import Axes, Axis, Parts, Resolved, leaves
 from metamerge.structure.factors import AxisSpec, Concat, Factor
 from metamerge.structure.program import Program
 from metamerge.structure.rules import GATES, LOOKED_UP, POSITIONS, TAPS, Call, rule_of
@@ -69,7 +69,7 @@ class Walk:
             if found == before:
                 return found
 
-    def leaves(self, spec: PermutationSpec) -> dict[str, list[list[str]]]:
+    def carried(self, spec: PermutationSpec) -> dict[str, list[list[str]]]:
         """Groups that each axis of each value carries.
 
         Args:
@@ -198,7 +198,7 @@ class Walk:
         taken: Counter[str] = Counter()
         for key, axes in resolved.items():
             base = key.rpartition(".")[0] or key
-            for atom in (a for axis in axes for a in _atoms(axis)):
+            for atom in (a for axis in axes for a in leaves(axis)):
                 if atom in self.axes.fixed or atom in names or self.axes.sizes[atom] == 1:
                     continue
                 taken[base] += 1
@@ -244,7 +244,7 @@ class Walk:
         terms = {t for axes in resolved.values() for axis in axes for t in _terms(axis)}
         hidden = free = 0
         for term in terms:
-            atoms = list(_atoms(term))
+            atoms = list(leaves(term))
             if not atoms or all(self.axes.fixed.get(a) in _NO_UNITS for a in atoms):
                 continue
             size = _entries(term, self.axes.sizes)
@@ -281,15 +281,6 @@ def _several(axes: list) -> bool:
 
 def _flat(axes: list) -> list[Axis]:
     return [axis for one in axes for axis in one if axis is not None]
-
-
-def _atoms(axis: Resolved) -> Iterable[int]:
-    for item in axis:
-        if isinstance(item, Parts):
-            for part in item.axes:
-                yield from _atoms(part)
-        else:
-            yield item
 
 
 def _terms(axis: Resolved) -> Iterable[Resolved]:
