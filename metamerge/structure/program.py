@@ -257,8 +257,8 @@ def operator(op: str) -> Any:
 def _check_format(found: str) -> None:
     if found != FORMAT:
         raise ValueError(
-            f"format {found!r}, expected {FORMAT!r}; another version wrote it: build the zoo, or save "
-            "the checkpoint, anew"
+            f"format {found!r}, expected {FORMAT!r}; another version wrote it: build the zoo, or "
+            "save the checkpoint, anew"
         )
 
 
