@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metamerge.errors import IncompatibleWeights, Unreadable
+from metamerge.structure import moving
 from metamerge.structure.factors import (
     AxisSpec,
     Concat,
@@ -21,7 +22,6 @@ from metamerge.structure.factors import (
     axis_length,
     axis_places,
     axis_to_json,
-    labels_of,
     pin,
 )
 from metamerge.weights import Weights
@@ -107,6 +107,10 @@ class PermutationSpec:
         """Every ``(tensor, axis)`` that a group permutes."""
         return self._touching[group]
 
+    def carriers(self, key: str) -> dict[int, list[Place]]:
+        """Axes of a tensor that carry groups, with their permuted factors, outer groups first."""
+        return self._places.get(key, {})
+
     def places(self, key: str, axis: int) -> list[Place]:
         """The factors of an axis that are permuted, entry by entry."""
         return self._places.get(key, {}).get(axis, [])
@@ -124,21 +128,7 @@ class PermutationSpec:
             ``[*batch, *blocks, n, rest]``: everything that belongs to unit ``i`` in row ``i``, of
             each block where the group is nested in others.
         """
-        lead = tensor.ndim - len(self.axes[key])
-        wanted = [*self.outer(group), group]
-        homes = {g: self._home(key, axis, g) for g in wanted}
-        found: dict[str, int] = {}
-        for number in sorted(set(homes.values()), reverse=True):
-            here = [g for g in wanted if homes[g] == number]
-            if (index := self._sorted(key, number, tuple(here))) is not None:
-                tensor = tensor.index_select(lead + number, index.to(tensor.device))
-            sizes = [self.groups[g] for g in here]
-            tensor = tensor.unflatten(lead + number, (*sizes, -1))
-            found = {g: d + (d > lead + number) * len(here) for g, d in found.items()}
-            found.update({g: lead + number + i for i, g in enumerate(here)})
-        count = len(wanted)
-        rows = tensor.movedim([found[g] for g in wanted], list(range(lead, lead + count)))
-        return rows[..., None].flatten(lead + count)
+        return moving.unit_rows(self, key, axis, group, tensor)
 
     def row_group(self, key: str) -> str | None:
         """Group of a tensor's first axis, or None where its rows are fixed or of several groups."""
@@ -193,21 +183,7 @@ class PermutationSpec:
         Returns:
             The permuted tensor.
         """
-        lead = tensor.ndim - len(self.axes.get(key, ()))
-        across, taken = [], []
-        for axis, places in self._places.get(key, {}).items():
-            moved = [p for p in places if p.group in perm and (axis, p.group) != keep]
-            here = {p.group for p in places}
-            alone = [p for p in moved if here >= {*self.outer(p.group)}]
-            across += [(axis, p) for p in moved if not here >= {*self.outer(p.group)}]
-            if alone:
-                taken.append((lead + axis, self._index(places, alone, perm)))
-        tensor = _taken(tensor, taken)
-        rank = {group: i for i, group in enumerate(self.order)}
-        across.sort(key=lambda item: rank[item[1].group])
-        for axis, place in across:  # nested in groups of other axes, which are in order by now
-            tensor = self._take_across(key, tensor, axis, place, perm)
-        return tensor
+        return moving.permute_tensor(self, key, tensor, perm, keep=keep)
 
     def rescale(self, weights: Weights, scaling: Scaling, factors: Tensor) -> Weights:
         """Change the scale of the units of a group; the network stays the same function.
@@ -237,10 +213,7 @@ class PermutationSpec:
         Returns:
             The scaled tensor, or the same one where it is not scaled.
         """
-        for axis, power in scaling.powers.get(key, {}).items():
-            own = self._at_entries(key, axis, scaling.group, factors.to(tensor))
-            tensor = tensor * own**power
-        return tensor
+        return moving.rescale_tensor(self, key, tensor, scaling, factors)
 
     def inverse(self, perm: Permutation) -> Permutation:
         """The permutation that undoes another.
@@ -251,17 +224,7 @@ class PermutationSpec:
         Returns:
             Group -> ``[*batch, *blocks, n]``.
         """
-        back: Permutation = {}
-        for group in self.order:
-            index, outer = perm[group], self.outer(group)
-            if outer:
-                lead = index.ndim - len(outer) - 1
-                source = self._grid(outer, back, index.shape[:lead])
-                flat = index.flatten(lead, -2)  # [*batch, blocks, n]
-                chosen = source.reshape(*index.shape[:lead], -1)[..., None].expand_as(flat)
-                index = flat.gather(-2, chosen).reshape(index.shape)
-            back[group] = index.argsort(-1)
-        return back
+        return moving.inverse(self, perm)
 
     def unpermute(self, weights: Weights, perm: Permutation) -> Weights:
         """Undo ``permute`` with the same permutation."""
@@ -445,121 +408,3 @@ class PermutationSpec:
                 for group in dict.fromkeys(place.group for place in places):
                     found[group].append((key, axis))
         return found
-
-    def _home(self, key: str, axis: int, group: str) -> int:
-        """The axis that carries a group, rather ``axis`` than another."""
-        axes = [axis, *(other for other in self._places[key] if other != axis)]
-        return next(a for a in axes if self._has(key, a, group))
-
-    def _has(self, key: str, axis: int, group: str) -> bool:
-        return any(place.group == group for place in self.places(key, axis))
-
-    def _sorted(self, key: str, axis: int, groups: tuple[str, ...]) -> Tensor | None:
-        """Entries of an axis ordered by their units; None where they are in that order already."""
-        labels = torch.stack(
-            [
-                torch.stack([p.labels for p in self.places(key, axis) if p.group == g]).amax(0)
-                for g in groups
-            ]
-        )  # [groups, size]
-        number = torch.zeros_like(labels[0])
-        for group, own in zip(groups, labels, strict=True):
-            number = number * self.groups[group] + own
-        index = number.argsort(stable=True)
-        index = index[(labels >= 0).all(0)[index]]
-        plain = len(index) == len(number) and bool((index == torch.arange(len(index))).all())
-        return None if plain else index
-
-    def _index(self, places: list[Place], moved: list[Place], perm: Permutation) -> Tensor:
-        """Index along one axis, ``[*batch, size]``: the outer groups first, then what is nested."""
-        index = torch.arange(len(places[0].labels))
-        for place in moved:
-            outer = [labels_of(places, group) for group in self.outer(place.group)]
-            index = _composed(index, _step(place, perm[place.group], outer))
-        return index
-
-    def _take_across(
-        self, key: str, tensor: Tensor, axis: int, place: Place, perm: Permutation
-    ) -> Tensor:
-        count = len(self.axes[key])
-        outer = [self._spread_labels(key, axis, group) for group in self.outer(place.group)]
-        shape = _alone(axis, count)
-        wide = Place(place.group, place.labels.reshape(shape), place.stride.reshape(shape))
-        index = _step(wide, perm[place.group].cpu(), outer)
-        index = index.reshape(*[1] * (tensor.ndim - index.ndim), *index.shape)
-        dim = tensor.ndim - count + axis
-        return torch.take_along_dim(tensor, index.to(tensor.device), dim=dim)
-
-    def _spread_labels(self, key: str, axis: int, group: str) -> Tensor:
-        """Labels of a group along the axis that carries it, rather ``axis`` than another."""
-        home = self._home(key, axis, group)
-        labels = labels_of(self.places(key, home), group)
-        return labels.reshape(_alone(home, len(self.axes[key])))
-
-    def _at_entries(self, key: str, axis: int, group: str, factors: Tensor) -> Tensor:
-        """One number per unit, spread over the entries of a tensor; 1 for other entries."""
-        shape = _alone(axis, len(self.axes[key]))
-        spread = torch.ones(1, dtype=factors.dtype, device=factors.device)
-        outer = [self._spread_labels(key, axis, o).clamp_min(0) for o in self.outer(group)]
-        for place in self.places(key, axis):
-            if place.group == group:
-                labels = place.labels.reshape(shape)
-                own = factors[(*outer, labels.clamp_min(0))]
-                spread = spread * own.where((labels >= 0).to(own.device), 1.0)
-        return spread
-
-    def _grid(self, outer: tuple[str, ...], back: Permutation, batch: Sequence[int]) -> Tensor:
-        """Number of the block, of the groups before the change, for each block after it."""
-        sizes = [self.groups[g] for g in outer]
-        grid = torch.meshgrid(*[torch.arange(n) for n in sizes], indexing="ij")
-        number = torch.zeros(*batch, *sizes, dtype=torch.long)
-        for group, size in zip(outer, sizes, strict=True):
-            at = tuple(grid[outer.index(o)] for o in self.outer(group))
-            own = back[group][(..., *at, grid[outer.index(group)])]
-            number = number * size + own
-        return number
-
-
-def _alone(axis: int, count: int) -> list[int]:
-    """Shape of a row of numbers along one of ``count`` axes."""
-    return [-1 if other == axis else 1 for other in range(count)]
-
-
-def _step(place: Place, own: Tensor, outer: Sequence[Tensor]) -> Tensor:
-    """Where each entry of an axis comes from when one group moves, ``[*batch, ...]``."""
-    inside = place.labels >= 0
-    at = tuple(labels.clamp_min(0) for labels in outer)
-    chosen = own.cpu()[(..., *at, place.labels.clamp_min(0))]
-    size = max(place.labels.shape, default=1)
-    here = torch.arange(size).reshape(place.labels.shape)
-    return torch.where(inside, here + (chosen - place.labels) * place.stride, here)
-
-
-def _composed(first: Tensor, then: Tensor) -> Tensor:
-    """``index[..., i] = first[..., then[..., i]]``."""
-    if first.ndim == 1:
-        return first[then]
-    shape = torch.broadcast_shapes(first.shape, then.shape)
-    return first.expand(shape).gather(-1, then.expand(shape))
-
-
-def _taken(tensor: Tensor, indices: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """``_take`` along several axes; kernels are moved whole, without a copy in between."""
-    if [axis for axis, _ in indices] == [0, 1] and tensor.ndim > 2:
-        rows, columns = (index.to(tensor.device) for _, index in indices)
-        if rows.ndim == columns.ndim == 1:
-            return tensor[rows[:, None], columns]
-    for axis, index in indices:
-        tensor = _take(tensor, index, axis)
-    return tensor
-
-
-def _take(tensor: Tensor, index: Tensor, axis: int) -> Tensor:
-    """``tensor[..., index, ...]`` along ``axis``, for every leading index of ``index``."""
-    if index.ndim == 1:
-        return tensor.index_select(axis, index.to(tensor.device))
-    lead = index.ndim - 1
-    shape = [1] * tensor.ndim
-    shape[:lead], shape[axis] = index.shape[:-1], index.shape[-1]
-    expanded = index.to(tensor.device).reshape(shape)
-    return torch.take_along_dim(tensor, expanded, dim=axis)
