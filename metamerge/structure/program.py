@@ -52,8 +52,8 @@ class Ref:
 class Node:
     """One operator call: ``op`` is its aten name, such as ``linear.default``.
 
-    Python's own arithmetic on sizes is named ``python.mul`` and so on, and ``python.getitem`` takes
-    one of several outputs.
+    Operators from outside torch have the name of their library before that. Python's own arithmetic
+    on sizes is named ``python.mul`` and so on, and ``python.getitem`` takes one of several outputs.
     """
 
     name: str
@@ -65,6 +65,11 @@ class Node:
     def refs(self) -> tuple[str, ...]:
         """Names of the values that this node reads, in order."""
         return tuple(_names_in((self.args, dict(self.kwargs))))
+
+    @property
+    def title(self) -> str:
+        """Full name of the operator and its place in the graph, for messages."""
+        return f"{'' if self.op.count('.') > 1 else 'aten.'}{self.op} ({self.name})"
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -250,8 +255,9 @@ def operator(op: str) -> Any:
     """The callable of an operator name such as ``linear.default``."""
     if op in _PYTHON:
         return _PYTHON[op]
-    packet, overload = op.split(".")
-    return getattr(getattr(torch.ops.aten, packet), overload)
+    *library, packet, overload = op.split(".")
+    home = getattr(torch.ops, library[0]) if library else torch.ops.aten
+    return getattr(getattr(home, packet), overload)
 
 
 def _check_format(found: str) -> None:
@@ -266,6 +272,8 @@ def _checked(node: Node) -> Node:
     """Nothing in a foreign program may change its inputs, read a file or fill the memory."""
     if node.op in _PYTHON:
         return node
+    if node.op.count(".") != 1:
+        raise ValueError(f"operator {node.op!r} is not one of torch's own")
     schema = operator(node.op)._schema
     if schema.is_mutable:
         raise ValueError(f"operator {node.op!r} changes its inputs in place")

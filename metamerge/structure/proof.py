@@ -227,7 +227,7 @@ def _run(
     keys = program.parameters
     for node in program.nodes:
         refs = node.refs
-        value = own.peek(node)
+        value = _run_node(own, node)
         read = {keys[ref] for ref in refs if ref in keys}
         for lane in lanes:
             if lane.weights.touched & read or any(ref in lane.values for ref in refs):
@@ -256,12 +256,22 @@ def _run(
     return failures
 
 
+def _run_node(own: Execution, node: Node) -> Any:
+    try:
+        return own.peek(node)
+    except (RuntimeError, NotImplementedError) as error:
+        raise StructureError(
+            f"Operator {node.title} does not run in float64 on the CPU, where the proof is made: "
+            f"{error}. Test a permutation spec on the network itself with prove_module."
+        ) from error
+
+
 def _step(program: Program, own: Execution, lane: _Lane, node: Node, value: Any) -> None:
     """Run one node in a lane; the lane ends where its value is the network's own."""
     beside = Execution(program, lane.weights, (), stacked=False)
     beside.values = {ref: lane.values.get(ref, own.values.get(ref)) for ref in node.refs}
     beside.values = {ref: lane_value for ref, lane_value in beside.values.items() if lane_value}
-    moved = beside.peek(node)
+    moved = _run_node(beside, node)
     pairs = list(zip(_tensors(moved.value), _tensors(value.value), strict=True))
     gap = max((_gap(a, b) for a, b in pairs), default=0.0)
     if gap < _MEETS:

@@ -336,10 +336,10 @@ def _op_name(n: torch.fx.Node) -> str:
     if getattr(target, "__module__", "") == "_operator" and target.__name__ in _SYMBOLIC:
         return f"python.{target.__name__}"
     name = str(target)
-    if not name.startswith("aten."):
+    if not isinstance(target, torch._ops.OpOverload):
         raise StructureError(
-            f"Operator {name} ({n.name}) is not one of torch's own (aten); rewrite that part of "
-            "forward() with tensor methods."
+            f"Operator {name} ({n.name}), which reads {[a.name for a in n.all_input_nodes]}, is no "
+            "operator on tensors; rewrite that part of forward() without control flow on values."
         )
     return name.removeprefix("aten.")
 

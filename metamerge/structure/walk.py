@@ -170,14 +170,14 @@ class Walk:
         ]
         if carriers and not self.partial:
             raise StructureError(
-                f"Operator aten.{node.op} ({node.name}) cannot be followed: {error} It reads "
+                f"Operator {node.title} cannot be followed: {error}. It reads "
                 f"{[self.program.parameters.get(ref, ref) for ref in node.refs]} and touches units "
                 f"of {carriers[:4]}. Pass partial=True to pin these units and go on."
             ) from error
         if carriers:
-            self.pinned.append(f"units of {', '.join(carriers[:4])} at aten.{node.op}: {error}")
+            self.pinned.append(f"units of {', '.join(carriers[:4])} at {node.title}: {error}")
         for atom in free:
-            self.axes.fix((atom,), f"aten.{node.op} cannot be followed")
+            self.axes.fix((atom,), f"{node.title} cannot be followed")
         if node.name not in self.program.sizes:
             return None
         return [call.ordered(size) for size in call.shape]

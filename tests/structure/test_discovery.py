@@ -348,7 +348,9 @@ def test_an_operator_without_a_rule_pins_what_it_touches_where_that_is_allowed()
     spec = discover(spectrum(), torch.zeros(2, 4), partial=True)
     assert lines(spec) == ["c.0 6: c.0.weight[0] c.0.bias[0] c.2.weight[1]"]
     (pinned,) = spec.pinned
-    assert pinned.startswith("units of a.weight (5, 4), a.bias (5,) at aten.fft_fft.default: ")
+    assert pinned.startswith(
+        "units of a.weight (5, 4), a.bias (5,) at aten.fft_fft.default (fft_fft): "
+    )
     assert f"pinned: {pinned}" in str(spec)
     assert spec.axes["a.weight"][0][0].reason == "aten.fft_fft.default cannot be followed"
     # c.2 makes units that are added to the spectrum, whose entries are frequencies

@@ -1121,7 +1121,7 @@ def test_a_partial_spec_pins_what_an_unknown_operator_reads_and_leaves_the_rest_
     spec = discover(NO_RULE.module(), NO_RULE.tensors(), partial=True)
     assert shown(spec) == (NO_RULE.groups, NO_RULE.axes)
     assert len(spec.pinned) == 1
-    assert spec.pinned[0].startswith("units of w (6, 3) at aten.cummax.default: ")
+    assert spec.pinned[0].startswith("units of w (6, 3) at aten.cummax.default (cummax): ")
     assert f"pinned: {spec.pinned[0]}" in str(spec)
     assert spec.hidden == (6 + 5, 5)
     assert spec.fixed["aten.cummax.default cannot be followed"] == 1

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from evaluation.benchmarks.architectures import OWN, TRANSFORMERS
-from metamerge.errors import StructureError
-from metamerge.structure import discover, run, trace
+from metamerge.errors import StructureError, Unreadable
+from metamerge.structure import Program, discover, run, trace
 
 
 def module_of(forward, **parts):
@@ -557,15 +557,33 @@ def test_control_flow_on_values_is_refused_with_the_line_that_asks():
     assert "prove_module(model, example_inputs, spec)" in message
 
 
-def test_an_operator_that_is_not_of_torch_is_named():
+def test_units_at_an_operator_from_outside_torch_are_refused_by_name_or_pinned():
     @torch.library.custom_op("tracing_test::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
     twice.register_fake(torch.empty_like)
-    message = refused(linear_pair(lambda self, x: twice(self.a(x))), torch.zeros(2, 4))
-    assert "tracing_test.twice.default" in message
-    assert "not one of torch's own (aten)" in message
+    model = linear_pair(lambda self, x: twice(self.a(x)))
+    with pytest.raises(
+        StructureError, match=r"Operator tracing_test.twice.default \(twice\) cannot"
+    ) as e:
+        discover(model, torch.zeros(2, 4))
+    assert "a.weight (6, 4)" in str(e.value)
+    spec = discover(model, torch.zeros(2, 4), partial=True)
+    assert spec.groups == {}
+    assert "tracing_test.twice.default" in spec.pinned[0]
+    with pytest.raises(Unreadable, match="not one of torch's own"):
+        Program.from_json(json.loads(json.dumps(trace(model, torch.zeros(2, 4)).to_json())))
+
+
+def test_control_flow_that_is_part_of_the_graph_is_refused_by_name():
+    def forward(self, x):
+        h = torch.cond(x.sum() > 0, lambda h: h.sin(), lambda h: h.cos(), (self.a(x),))
+        return self.b(h)
+
+    message = refused(linear_pair(forward), torch.zeros(2, 4))
+    assert "cond" in message
+    assert "control flow" in message
 
 
 def test_an_error_in_forward_is_told_with_its_line():
