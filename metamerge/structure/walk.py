@@ -177,7 +177,7 @@ class Walk:
         if carriers:
             self.pinned.append(f"units of {', '.join(carriers[:4])} at {node.title}: {error}")
         for atom in free:
-            self.axes.fix((atom,), f"{node.title} cannot be followed")
+            self.axes.fix((atom,), f"{node.title.split()[0]} cannot be followed")
         if node.name not in self.program.sizes:
             return None
         return [call.ordered(size) for size in call.shape]
