@@ -25,7 +25,7 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 _SAME = {
     *("clone.default", "alias.default", "contiguous.default", "detach.default"),
-    *("lift_fresh_copy.default", "lift.default", "lift_fresh.default", "view_as.default"),
+    *("lift_fresh_copy.default", "lift.default", "lift_fresh.default"),
 }
 _DROPPED = {
     *("_assert_tensor_metadata.default", "_assert_scalar.default", "_assert_async.msg"),

@@ -1,7 +1,7 @@
 """Operators that treat every entry on its own, that fold axes away, or that make new tensors."""
 
 from metamerge.structure.axes import Axis
-from metamerge.structure.rules.call import POSITIONS, Call
+from metamerge.structure.rules.call import Call
 
 
 def pointwise(call: Call) -> list[Axis]:
@@ -151,4 +151,3 @@ POINTWISE_RULES = {
     **dict.fromkeys(("where.ScalarOther", "where.ScalarSelf", "masked_fill.Scalar"), pointwise),
     **dict.fromkeys(("masked_fill.Tensor", "where.self", "isin.Tensor_Tensor"), pointwise),
 }
-__all__ = ["POINTWISE_RULES", "POSITIONS", "pointwise"]

@@ -238,8 +238,8 @@ def _clamped(index: object, size: int) -> int:
 
 
 _REGROUPED = (
-    *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints"),
-    *("unflatten.int", "reshape_as.default", "view_as.default"),
+    *("reshape.default", "flatten.using_ints", "unflatten.int"),  # a view is traced as a reshape
+    *("reshape_as.default", "view_as.default"),
 )
 _SPLITS = (
     *("split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "unbind.int"),
