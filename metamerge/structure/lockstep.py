@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from metamerge.structure.operators import ELEMENTWISE, SPATIAL
+from metamerge.structure.operators import is_entrywise
 from metamerge.structure.program import FACTORIES, Node, Program, Ref, operator
 from metamerge.structure.rules.recurrent import RECURRENT_RULES
+from metamerge.structure.rules.spatial import SPATIAL_RULES, pooling
 from metamerge.weights import Weights
 
 
@@ -138,6 +139,8 @@ def _call(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Lane:
         return Lane(values[0][values[1]], args[0].stacked)
     if not any(a.stacked for a in args):
         return Lane(operator(op)(*values, **kwargs), False)
+    if is_entrywise(op) and sum(isinstance(v, Tensor) for v in values) == 1:
+        return Lane(operator(op)(*values, **kwargs), True)
     if op in BATCHED:
         result = BATCHED[op](op, args, kwargs)
         if result is not None:
@@ -186,12 +189,6 @@ def _one_by_one(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> tupl
 
     each = [operator(op)(*(own(a, k) for a in args), **kwargs) for k in range(count)]
     return tuple(torch.stack(values) for values in zip(*each, strict=True))
-
-
-def _elementwise(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    if "softmax" in op:  # its axis counts from the front
-        return None
-    return operator(op)(*(a.value for a in args), **kwargs)
 
 
 def _linear(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -281,9 +278,13 @@ def _flatten(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0].value.flatten(start + 1 if start >= 0 else start, end + 1 if end >= 0 else end)
 
 
+_SPATIAL = {
+    *("pad.default", "constant_pad_nd.default"),
+    *(op for op, rule in SPATIAL_RULES.items() if rule is pooling and "max" not in op),
+    *(f"max_pool{d}d.default" for d in (1, 2, 3)),  # the others give places as well
+}
 BATCHED: dict[str, Callable[[str, tuple[Lane, ...], dict[str, Any]], Tensor | None]] = {
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(SPATIAL, _spatial),
+    **dict.fromkeys(_SPATIAL, _spatial),
     "conv2d.default": _conv2d,
     "linear.default": _linear,
     "batch_norm.default": _batch_norm,

@@ -8,9 +8,7 @@ entry on its own is not followed: nothing is guessed.
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from metamerge.structure.program import operator
+from metamerge.structure.operators import is_entrywise
 from metamerge.structure.rules.call import POSITIONS, Call
 from metamerge.structure.rules.indexing import INDEX_RULES, LOOKED_UP
 from metamerge.structure.rules.normalisation import NORM_RULES
@@ -40,11 +38,11 @@ def rule_of(op: str) -> Rule | None:
         op: Name such as ``linear.default``.
 
     Returns:
-        Its rule: that of the table, or that of entry-wise operators where torch tags it as one.
+        Its rule: that of the table, or that of entry-wise operators where it is one.
     """
     if op in RULES:
         return RULES[op]
-    return pointwise if torch.Tag.pointwise in operator(op).tags else None
+    return pointwise if is_entrywise(op) else None
 
 
 __all__ = ["GATES", "LOOKED_UP", "POSITIONS", "RULES", "TAPS", "Call", "Rule", "rule_of"]

@@ -143,11 +143,4 @@ POINTWISE_RULES = {
     **dict.fromkeys(("tril.default", "triu.default"), triangle),
     **dict.fromkeys(_UNIFORM, uniform),
     **dict.fromkeys(_NUMBERED, numbered),
-    **dict.fromkeys(("hardswish.default", "log_sigmoid.default", "true_divide.Scalar"), pointwise),
-    **dict.fromkeys(("special_expit.default", "special_erf.default"), pointwise),
-    **dict.fromkeys(
-        ("__and__.Tensor", "__or__.Tensor", "__xor__.Tensor", "floor_divide.default"), pointwise
-    ),
-    **dict.fromkeys(("where.ScalarOther", "where.ScalarSelf", "masked_fill.Scalar"), pointwise),
-    **dict.fromkeys(("masked_fill.Tensor", "where.self", "isin.Tensor_Tensor"), pointwise),
 }
