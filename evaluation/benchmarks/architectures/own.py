@@ -1,58 +1,13 @@
-"""Networks on which structure discovery is proved: one entry per way that units are wired.
+"""Networks written here, a few lines each, on PyTorch and PyG: one per way that units are wired."""
 
-``OWN`` holds networks written here, a few lines each, on PyTorch and PyG; ``TRANSFORMERS`` holds
-models of the ``transformers`` package with small configs and random weights. Calling an entry
-builds the network in eval mode together with example inputs. Sizes of different roles differ
-wherever they can, so that two axes are never confused because they happen to be equally long.
-"""
-
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Sample = tuple[nn.Module, tuple[Tensor, ...] | dict[str, Tensor]]
-
-
-@contextmanager
-def _seeded():
-    """Same random numbers on every run; the caller's generator stays where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-@torch.no_grad()
-def _sample(build: Callable[[], nn.Module], example: Callable) -> Sample:
-    """The network in eval mode, no two of its units alike, and example inputs."""
-    with _seeded():
-        network, inputs = build().eval(), example()
-        # Initialisers leave scales at one and biases at zero, which every permutation of units
-        # leaves as they are, and weights so small that layers add nothing to a residual stream.
-        for parameter in network.parameters():
-            std = (2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.2
-            parameter += std * torch.randn_like(parameter)
-        tracking = [m for m in network.modules() if hasattr(m, "running_var")]
-        for norm in tracking:  # statistics of the example, or the signal dies in deep networks
-            norm.weight.uniform_(0.5, 1.5)  # transformers starts some of them around zero
-            norm.momentum = 0.9
-            norm.train()
-        if tracking:
-            network(**inputs) if isinstance(inputs, dict) else network(*inputs)
-        return network.train().eval(), inputs  # train() empties what forward passes cached
-
-
-def _noise(*shapes: Sequence[int]) -> Callable[[], tuple[Tensor, ...]]:
-    """Example inputs, standard normal, one per shape."""
-    return lambda: tuple(torch.randn(*shape) for shape in shapes)
-
-
-def _tokens(vocabulary: int, length: int) -> Tensor:
-    """Example tokens [2, length], without the first three ids, which are often special."""
-    return torch.randint(3, vocabulary, (2, length))
+from evaluation.benchmarks.architectures.sample import Sample, noise, sample, seeded, tokens
 
 
 def _conv(channels: int, width: int, norm: Callable[[int], nn.Module], **options) -> nn.Sequential:
@@ -464,38 +419,38 @@ _VECTOR, _SEQUENCE = (2, 11), (2, 7, 11)
 _IMAGE = (2, 3, 16, 16)
 
 OWN: dict[str, Callable[[], Sample]] = {
-    name: partial(_sample, build, example)
+    name: partial(sample, build, example)
     for name, build, example in (
-        ("mlp", _mlp, _noise(_VECTOR)),
-        ("prelu_mlp", _prelu_mlp, _noise(_VECTOR)),
-        ("weight_norm_mlp", _weight_norm_mlp, _noise(_VECTOR)),
-        ("gated_mlp", _GatedMLP, _noise(_VECTOR)),
-        ("siren", _Siren, _noise((2, 2))),
-        ("vgg", _vgg, _noise(_IMAGE)),
-        ("mobilenet", _mobilenet, _noise(_IMAGE)),
-        ("group_norm_net", _group_norm_net, _noise(_IMAGE)),
-        ("audio_net", _audio_net, _noise((2, 1, 64))),
-        ("video_net", _video_net, _noise((2, 3, 4, 8, 8))),
-        ("autoencoder", _autoencoder, _noise(_IMAGE)),
-        ("super_resolution", _super_resolution, _noise(_IMAGE)),
-        ("resnet20", partial(_resnet20, nn.BatchNorm2d), _noise(_IMAGE)),
-        ("resnet20_layer_norm", partial(_resnet20, partial(nn.GroupNorm, 1)), _noise(_IMAGE)),
-        ("resnext", _resnext, _noise(_IMAGE)),
-        ("densenet", _densenet, _noise(_IMAGE)),
-        ("unet", _UNet, _noise(_IMAGE)),
-        ("squeeze_excitation", _squeeze_excitation, _noise(_IMAGE)),
-        ("shufflenet", _ShuffleNet, _noise(_IMAGE)),
-        ("mixer", _Mixer, _noise(_IMAGE)),
-        ("lstm_tagger", _LSTMTagger, lambda: (_tokens(61, 7),)),
-        ("gru_classifier", _GRUClassifier, _noise((2, 7, 6))),
-        ("encoder_post_norm", partial(_encoder, norm_first=False), _noise(_SEQUENCE)),
-        ("encoder_pre_norm", partial(_encoder, norm_first=True), _noise(_SEQUENCE)),
-        ("cross_attention", _CrossAttention, _noise(_SEQUENCE, (2, 9, 11))),
-        ("einsum_attention", _EinsumAttention, _noise(_SEQUENCE)),
-        ("tied_language_model", _TiedLanguageModel, lambda: (_tokens(61, 7),)),
-        ("bilinear", _Bilinear, _noise(_VECTOR, (2, 6))),
-        ("two_towers", _TwoTowers, _noise(_IMAGE, _VECTOR)),
-        ("two_outputs", _TwoOutputs, _noise(_VECTOR)),
+        ("mlp", _mlp, noise(_VECTOR)),
+        ("prelu_mlp", _prelu_mlp, noise(_VECTOR)),
+        ("weight_norm_mlp", _weight_norm_mlp, noise(_VECTOR)),
+        ("gated_mlp", _GatedMLP, noise(_VECTOR)),
+        ("siren", _Siren, noise((2, 2))),
+        ("vgg", _vgg, noise(_IMAGE)),
+        ("mobilenet", _mobilenet, noise(_IMAGE)),
+        ("group_norm_net", _group_norm_net, noise(_IMAGE)),
+        ("audio_net", _audio_net, noise((2, 1, 64))),
+        ("video_net", _video_net, noise((2, 3, 4, 8, 8))),
+        ("autoencoder", _autoencoder, noise(_IMAGE)),
+        ("super_resolution", _super_resolution, noise(_IMAGE)),
+        ("resnet20", partial(_resnet20, nn.BatchNorm2d), noise(_IMAGE)),
+        ("resnet20_layer_norm", partial(_resnet20, partial(nn.GroupNorm, 1)), noise(_IMAGE)),
+        ("resnext", _resnext, noise(_IMAGE)),
+        ("densenet", _densenet, noise(_IMAGE)),
+        ("unet", _UNet, noise(_IMAGE)),
+        ("squeeze_excitation", _squeeze_excitation, noise(_IMAGE)),
+        ("shufflenet", _ShuffleNet, noise(_IMAGE)),
+        ("mixer", _Mixer, noise(_IMAGE)),
+        ("lstm_tagger", _LSTMTagger, lambda: (tokens(61, 7),)),
+        ("gru_classifier", _GRUClassifier, noise((2, 7, 6))),
+        ("encoder_post_norm", partial(_encoder, norm_first=False), noise(_SEQUENCE)),
+        ("encoder_pre_norm", partial(_encoder, norm_first=True), noise(_SEQUENCE)),
+        ("cross_attention", _CrossAttention, noise(_SEQUENCE, (2, 9, 11))),
+        ("einsum_attention", _EinsumAttention, noise(_SEQUENCE)),
+        ("tied_language_model", _TiedLanguageModel, lambda: (tokens(61, 7),)),
+        ("bilinear", _Bilinear, noise(_VECTOR, (2, 6))),
+        ("two_towers", _TwoTowers, noise(_IMAGE, _VECTOR)),
+        ("two_outputs", _TwoOutputs, noise(_VECTOR)),
         ("gcn", partial(_graph_net, "gcn"), _graph),
         ("gin", partial(_graph_net, "gin"), _graph),
         ("graph_sage", partial(_graph_net, "sage"), _graph),
@@ -504,185 +459,9 @@ OWN: dict[str, Callable[[], Sample]] = {
 }
 
 
-# Models of the transformers package
-
-
-def _pretrained(model: str, example: Callable, config: dict, **options) -> Callable[[], Sample]:
-    """An entry: a class of ``transformers`` by name, with the config that belongs to it."""
-
-    def build() -> nn.Module:
-        import transformers
-
-        architecture = getattr(transformers, model)
-        return architecture(architecture.config_class(**config | options))
-
-    return partial(_sample, build, example)
-
-
-def _classifier(model: str, config: dict, **options) -> Callable[[], Sample]:
-    return _pretrained(f"{model}ForSequenceClassification", _text, config, **options)
-
-
-def _causal(model: str, config: dict, **options) -> Callable[[], Sample]:
-    return _pretrained(f"{model}ForCausalLM", _text, config, **options)
-
-
-def _generation(model: str, config: dict, **options) -> Callable[[], Sample]:
-    return _pretrained(f"{model}ForConditionalGeneration", _texts, config, **options)
-
-
-def _vision(model: str, config: dict, size: int = 32, **options) -> Callable[[], Sample]:
-    example = partial(_image, size)
-    return _pretrained(f"{model}ForImageClassification", example, config, **options)
-
-
-def _text() -> dict[str, Tensor]:
-    return {"input_ids": _tokens(61, 7)}
-
-
-def _texts() -> dict[str, Tensor]:
-    return {"input_ids": _tokens(61, 7), "decoder_input_ids": _tokens(61, 5)}
-
-
-def _image(size: int = 32) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(2, 3, size, size)}
-
-
-def _image_and_text() -> dict[str, Tensor]:
-    return _image() | _text()
-
-
-def _wave() -> dict[str, Tensor]:
-    return {"input_values": torch.randn(2, 210)}
-
-
-def _spectrum() -> dict[str, Tensor]:
-    return {"input_values": torch.randn(2, 24, 16)}
-
-
-def _spectrum_and_text() -> dict[str, Tensor]:
-    return {"input_features": torch.randn(2, 18, 26), "decoder_input_ids": _tokens(61, 5)}
-
-
-_LABELS = {"num_labels": 5}
-_DEPTH = {"num_hidden_layers": 2, "num_attention_heads": 4}
-_SMALL = _LABELS | _DEPTH | {"hidden_size": 32, "intermediate_size": 56}
-_IDS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_TEXT = _SMALL | _IDS | {"max_position_embeddings": 23}
-_CAUSAL = _TEXT | {"use_cache": False}
-_RELATIVE = _TEXT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
-_DISTILLED = _LABELS | _IDS | {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 56}
-_DISTILLED |= {"max_position_embeddings": 23}
-_GROUPED = _CAUSAL | {"num_key_value_heads": 2, "head_dim": 8}
-_GPT = _IDS | {"use_cache": False, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 56}
-_GPT_NEO = _CAUSAL | {"num_layers": 2, "num_heads": 4}
-_GPT_NEO |= {"attention_types": [[["global", "local"], 1]]}
-_BART = _IDS | {"use_cache": False, "d_model": 32, "decoder_start_token_id": 2}
-_BART |= {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 56}
-_BART |= {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 40}
-_WHISPER = _BART | {"num_mel_bins": 18, "max_source_positions": 13, "max_target_positions": 23}
-_T5 = _IDS | {"use_cache": False, "d_model": 32, "d_kv": 8, "d_ff": 56}
-_T5 |= {"num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-_VIT = _SMALL | {"image_size": 32, "patch_size": 8}
-_SWIN = _LABELS | {"image_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16}
-_SWIN |= {"depths": [2, 2], "num_heads": [2, 4], "mlp_ratio": 3.0}
-_STAGES = _LABELS | {"depths": [2, 2], "hidden_sizes": [16, 32]}
-_PYRAMID = _STAGES | {"image_size": 32, "num_encoder_blocks": 2, "num_attention_heads": [2, 4]}
-_PYRAMID |= {"mlp_ratios": [2, 3], "sr_ratios": [2, 1], "strides": [4, 2]}
-_EFFICIENT = _LABELS | {"width_coefficient": 0.25, "hidden_dim": 320, "kernel_sizes": [3, 5]}
-_EFFICIENT |= {"in_channels": [32, 64], "out_channels": [64, 112], "strides": [1, 2]}
-_EFFICIENT |= {"num_block_repeats": [1, 2], "expand_ratios": [1, 4], "depthwise_padding": []}
-_FOCAL = _STAGES | {"image_size": 32, "embed_dim": 16}
-_FOCAL |= {"focal_levels": [2, 2], "focal_windows": [3, 3]}
-_MOBILE = _LABELS | {"image_size": 128, "num_attention_heads": 4, "mlp_ratio": 1.5}
-_MOBILE |= {"hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 10, 12, 14, 18, 20, 30]}
-_LEVIT = _LABELS | {"image_size": 128, "hidden_sizes": [32, 48, 64], "depths": [1, 1, 1]}
-_LEVIT |= {"num_attention_heads": [4, 6, 8], "key_dim": [8, 8, 8]}
-_CVT = _LABELS | {"embed_dim": [16, 24, 32], "num_heads": [2, 3, 4], "depth": [1, 2, 3]}
-_SPEECH = _SMALL | _IDS | {"conv_dim": (10, 18), "conv_kernel": (10, 4), "conv_stride": (5, 2)}
-_SPEECH |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 4}
-_SPEECH_PRE_NORM = _SPEECH | {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
-_AST = _SMALL | {"max_length": 24, "num_mel_bins": 16, "patch_size": 8}
-_CLIP = {"text_config": _TEXT | {"projection_dim": 24}, "projection_dim": 24}
-_CLIP |= {"vision_config": _VIT | {"intermediate_size": 40, "projection_dim": 24}}
-
-TRANSFORMERS: dict[str, Callable[[], Sample]] = {
-    "bert": _classifier("Bert", _TEXT),
-    "roberta": _classifier("Roberta", _TEXT),
-    "distilbert": _classifier("DistilBert", _DISTILLED),
-    "albert": _classifier("Albert", _TEXT, embedding_size=18),
-    "electra": _classifier("Electra", _TEXT, embedding_size=18),
-    "deberta": _classifier("Deberta", _RELATIVE),
-    "deberta_v2": _classifier("DebertaV2", _RELATIVE),
-    "mpnet": _classifier("MPNet", _TEXT),
-    "squeezebert": _classifier("SqueezeBert", _TEXT, embedding_size=32),
-    "modernbert": _classifier("ModernBert", _TEXT, cls_token_id=1, sep_token_id=2),
-    "gpt2": _pretrained("GPT2LMHeadModel", _text, _GPT, n_positions=23),
-    "gpt_neo": _causal("GPTNeo", _GPT_NEO),
-    "gptj": _causal("GPTJ", _GPT, n_positions=23, rotary_dim=4),
-    "gpt_neox": _causal("GPTNeoX", _CAUSAL),
-    "opt": _causal("OPT", _CAUSAL, ffn_dim=56, word_embed_proj_dim=18),
-    "bloom": _causal("Bloom", _GPT, hidden_size=32),
-    "falcon": _causal("Falcon", _CAUSAL),
-    "llama": _causal("Llama", _GROUPED),
-    "mistral": _causal("Mistral", _GROUPED, sliding_window=5),
-    "mixtral": _causal(
-        "Mixtral", _GROUPED, num_local_experts=3, experts_implementation="batched_mm"
-    ),
-    "qwen2": _causal("Qwen2", _GROUPED),
-    "qwen3": _causal("Qwen3", _GROUPED),
-    "gemma": _causal("Gemma", _GROUPED),
-    "gemma2": _causal("Gemma2", _GROUPED),
-    "phi": _causal("Phi", _CAUSAL),
-    "phi3": _causal("Phi3", _GROUPED),
-    "olmo2": _causal("Olmo2", _GROUPED),
-    "stablelm": _causal("StableLm", _CAUSAL, num_key_value_heads=2),
-    "mamba": _causal("Mamba", _IDS, hidden_size=32, num_hidden_layers=2, use_cache=False),
-    "t5": _generation("T5", _T5),
-    "t5_gated": _generation("T5", _T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-    "bart": _generation("Bart", _BART, max_position_embeddings=23),
-    "pegasus": _generation("Pegasus", _BART, max_position_embeddings=23),
-    "vit": _vision("ViT", _VIT),
-    "deit": _vision("DeiT", _VIT),
-    "beit": _vision("Beit", _VIT, use_relative_position_bias=True, layer_scale_init_value=0.5),
-    "dinov2": _vision("Dinov2", _VIT, mlp_ratio=2),
-    "dinov2_swiglu": _vision("Dinov2", _VIT, mlp_ratio=2, use_swiglu_ffn=True),
-    "swin": _vision("Swin", _SWIN),
-    "swinv2": _vision("Swinv2", _SWIN),
-    "convnext": _vision("ConvNext", _STAGES, num_stages=2),
-    "convnextv2": _vision("ConvNextV2", _STAGES, num_stages=2),
-    "resnet": _vision("ResNet", _STAGES, embedding_size=10, hidden_sizes=[24, 40]),
-    "bit": _vision("Bit", _STAGES, size=64, embedding_size=24, num_groups=4),
-    "regnet": _vision("RegNet", _STAGES, embedding_size=10, hidden_sizes=[16, 24], groups_width=8),
-    "mobilenet_v1": _vision("MobileNetV1", _LABELS, depth_multiplier=0.25),
-    "mobilenet_v2": _vision("MobileNetV2", _LABELS, depth_multiplier=0.25),
-    "efficientnet": _vision("EfficientNet", _EFFICIENT),
-    "focalnet": _vision("FocalNet", _FOCAL),
-    "segformer": _vision("Segformer", _PYRAMID),
-    "poolformer": _vision(
-        "PoolFormer", _LABELS, 64, hidden_sizes=[8, 12, 20, 32], depths=[1, 1, 2, 1]
-    ),
-    "pvt": _vision("Pvt", _PYRAMID, sequence_reduction_ratios=[2, 1], patch_sizes=[4, 2]),
-    "pvt_v2": _vision("PvtV2", _PYRAMID, patch_sizes=[7, 3]),
-    "mobilevit": _vision("MobileViT", _MOBILE, size=128),
-    "levit": _vision("Levit", _LEVIT, size=128),
-    "cvt": _vision("Cvt", _CVT),
-    "clip": _pretrained("CLIPModel", _image_and_text, _CLIP),
-    "clip_vision": _pretrained("CLIPVisionModelWithProjection", _image, _VIT, projection_dim=24),
-    "siglip": _pretrained("SiglipVisionModel", _image, _VIT),
-    "whisper": _pretrained("WhisperForConditionalGeneration", _spectrum_and_text, _WHISPER),
-    "wav2vec2": _pretrained("Wav2Vec2ForCTC", _wave, _SPEECH),
-    "hubert": _pretrained("HubertForCTC", _wave, _SPEECH_PRE_NORM),
-    "ast": _pretrained("ASTForAudioClassification", _spectrum, _AST),
-}
-
-
-# Full size, to measure speed
-
-
 def resnet18() -> Sample:
     """ResNet-18 for ImageNet: 11.7 million parameters, images of 64 x 64."""
-    with _seeded():
+    with seeded():
         stem = [nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64)]
         layers: list[nn.Module] = [*stem, nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
         for channels, width in ((64, 64), (64, 128), (128, 256), (256, 512)):
@@ -691,11 +470,3 @@ def resnet18() -> Sample:
             layers.append(_Residual(width, width, 1, 1, nn.BatchNorm2d))
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)]
         return nn.Sequential(*layers, *head).eval(), (torch.randn(2, 3, 64, 64),)
-
-
-def bert_base() -> Sample:
-    """BERT base of ``transformers`` with its default config: 110 million parameters, 16 tokens."""
-    from transformers import BertConfig, BertModel
-
-    with _seeded():
-        return BertModel(BertConfig()).eval(), {"input_ids": _tokens(30522, 16)}
