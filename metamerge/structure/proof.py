@@ -269,8 +269,8 @@ def _run_node(own: Execution, node: Node) -> Any:
 def _step(program: Program, own: Execution, lane: _Lane, node: Node, value: Any) -> None:
     """Run one node in a lane; the lane ends where its value is the network's own."""
     beside = Execution(program, lane.weights, (), stacked=False)
-    beside.values = {ref: lane.values.get(ref, own.values.get(ref)) for ref in node.refs}
-    beside.values = {ref: lane_value for ref, lane_value in beside.values.items() if lane_value}
+    there = {**own.values, **lane.values}
+    beside.values = {ref: there[ref] for ref in node.refs if ref in there}
     moved = _run_node(beside, node)
     pairs = list(zip(_tensors(moved.value), _tensors(value.value), strict=True))
     gap = max((_gap(a, b) for a, b in pairs), default=0.0)
