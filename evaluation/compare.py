@@ -31,10 +31,10 @@ from metamerge.checkpoints import Checkpoint
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import GNNMerger, load_merger, read_card
 from metamerge.weights import Weights, stack, unstack
-from zoo import architectures
-from zoo.build import build_with_progress, options_from, split_of
+from zoo.build import build_with_progress, split_of
 from zoo.options import parse
 from zoo.parts import TaskSplit
+from zoo.recipe import factory_for, options_from
 from zoo.store import Zoo, load_zoo
 from zoo.training import predict
 
@@ -73,13 +73,7 @@ class Bench:
 
     def network(self) -> nn.Module:
         """A fresh network of the families' architecture."""
-        task = self.split.task
-        return architectures.build(
-            self.options.architecture,
-            task.inputs.shape[1:],
-            task.classes,
-            widths=self.options.widths,
-        )
+        return factory_for(self.options, self.split.task)()
 
     def _checkpoints(self, family: int) -> list[Checkpoint]:
         address = self.zoo.address("test", self.members, family)

@@ -159,7 +159,7 @@ def on_union(
     start = init_networks(factory, seeds)
     return train_networks(
         layout.program, start, *images, rows, epochs=epochs, batch_size=batch_size, lr=lr
-    )
+    ).weights
 
 
 def votes(families: Weights, layout: Layout, inputs: Tensor) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def _trained(
             batch_size=32 if len(inputs) < MANY else 128,
             lr=lr,
             loss=loss,
-        )
+        ).weights
 
     def score(lr: float) -> float:
         logits = predict(layout.program, train("objective", lr), budget.validation[0])

@@ -45,7 +45,7 @@ def digits_zoo():
         task.targets,
         segments,
         epochs=15,
-    )
+    ).weights
     families = {key: t.unflatten(0, (FAMILIES, MEMBERS)) for key, t in weights.items()}
     return SimpleNamespace(
         network=network,

@@ -38,9 +38,10 @@ from metamerge.mergers import (
 from metamerge.structure import Layout, run
 from trainers.families import Families, load_families
 from trainers.resume import load_state, optimizer_tensors, restore_optimizer, save_state
-from zoo.build import ZooOptions, build_with_progress, split_of
+from zoo.build import build_with_progress, split_of
 from zoo.options import parse
 from zoo.parts import TaskSplit
+from zoo.recipe import ZooOptions
 from zoo.store import Zoo, load_zoo
 
 PLACES = ("out", "tracking", "experiment", "save_every")  # options that do not shape the result

@@ -1,40 +1,55 @@
-"""Networks that the zoo trains: factories that take a task's input shape and number of classes."""
+"""Networks that the zoo trains: factories that take a task's input shape and number of outputs.
 
+A factory of one's own is named ``package.module:factory``. It is called with shape and outputs and,
+where its signature has them, ``widths`` and ``norm``.
+"""
+
+import importlib
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from metamerge.errors import ConfigError
 from metamerge.structure import Program, trace
 
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer": partial(nn.GroupNorm, 1),  # over channels and places: layer norm of a map
+    "batch": nn.BatchNorm2d,
+}
 
-def mlp(shape: Sequence[int], classes: int, *, widths: Sequence[int] = (32,)) -> nn.Sequential:
-    """Multi-layer perceptron with ReLU: flatten, hidden layers of the given widths, logits.
+
+def mlp(shape: Sequence[int], outputs: int, *, widths: Sequence[int] = (32,)) -> nn.Sequential:
+    """Multi-layer perceptron with ReLU: flatten, hidden layers of the given widths, outputs.
 
     Args:
-        shape: Shape of one input, ``(channels, height, width)``.
-        classes: Number of logits.
+        shape: Shape of one input: an image, a signal or the features of a table.
+        outputs: Number of logits, or of numbers to predict.
         widths: Units per hidden layer.
 
     Returns:
         The network with PyTorch's default init.
     """
     layers: list[nn.Module] = [nn.Flatten()]
-    fan_in = shape[0] * shape[1] * shape[2]
+    fan_in = prod(shape)
     for width in widths:
         layers += [nn.Linear(fan_in, width), nn.ReLU()]
         fan_in = width
-    return nn.Sequential(*layers, nn.Linear(fan_in, classes))
+    return nn.Sequential(*layers, nn.Linear(fan_in, outputs))
 
 
 def cnn(
-    shape: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32, 32)
+    shape: Sequence[int], outputs: int, *, widths: Sequence[int] = (16, 32, 32)
 ) -> nn.Sequential:
     """Convolutions 3x3 with ReLU and, but for the last, max-pooling; then global mean and logits.
 
     Args:
         shape: Shape of one input, ``(channels, height, width)``.
-        classes: Number of logits.
+        outputs: Number of logits.
         widths: Channels per convolution.
 
     Returns:
@@ -47,34 +62,196 @@ def cnn(
         layers += [nn.MaxPool2d(2)] if depth < len(widths) - 1 else []
         channels = width
     return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
     )
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
+def convolution(
+    channels: int, width: int, norm: Callable[[int], nn.Module], *, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """A 3x3 convolution without bias, and what normalises it."""
+    conv = nn.Conv2d(channels, width, 3, stride=stride, padding=1, groups=groups, bias=False)
+    return nn.Sequential(conv, norm(width))
 
 
-def build(name: str, shape: Sequence[int], classes: int, *, widths: Sequence[int]) -> nn.Module:
+class Residual(nn.Module):
+    """Two convolutions and a shortcut; a 1x1 convolution projects it where the width changes.
+
+    Paper: He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016,
+    arXiv:1512.03385, figure 2, with the shortcut of option B.
+
+    Args:
+        channels: Channels of the input.
+        width: Channels of the output.
+        norm: Makes the normalisation of a number of channels.
+        stride: Of the first convolution.
+        groups: Of the second convolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        norm: Callable[[int], nn.Module],
+        *,
+        stride: int = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.first = convolution(channels, width, norm, stride=stride)
+        self.second = convolution(width, width, norm, groups=groups)
+        self.shortcut: nn.Module = nn.Identity()
+        if channels != width or stride > 1:
+            project = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(project, norm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[b, channels, h, w]`` -> ``[b, width, h / stride, w / stride]``."""
+        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
+
+
+def resnet20(
+    shape: Sequence[int],
+    outputs: int,
+    *,
+    widths: Sequence[int] = (16, 32, 64),
+    norm: str = "layer",
+) -> nn.Sequential:
+    """ResNet-20 for small images: a convolution, then three residual blocks per width.
+
+    Paper: He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016,
+    arXiv:1512.03385, section 4.2; shortcuts are projected (option B) where widths change.
+
+    Args:
+        shape: Shape of one input, ``(channels, height, width)``.
+        outputs: Number of logits.
+        widths: Channels per stage; every stage but the first halves height and width.
+        norm: ``layer`` (over channels and places) or ``batch``.
+
+    Returns:
+        The network with PyTorch's default init.
+
+    Raises:
+        ConfigError: If the norm is unknown.
+    """
+    if norm not in NORMS:
+        raise ConfigError(f"resnet20: no norm {norm!r}; there are {sorted(NORMS)}.")
+    make = NORMS[norm]
+    layers: list[nn.Module] = [convolution(shape[0], widths[0], make), nn.ReLU()]
+    channels = widths[0]
+    for stage, width in enumerate(widths):
+        layers.append(Residual(channels, width, make, stride=2 if stage else 1))
+        layers += [Residual(width, width, make) for _ in range(2)]
+        channels = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)
+    )
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet20": resnet20}
+
+
+def factory_of(name: str) -> Callable[..., nn.Module]:
+    """Find the factory of a network.
+
+    Args:
+        name: Key of ``ARCHITECTURES``, or ``package.module:factory``.
+
+    Returns:
+        The factory.
+
+    Raises:
+        ConfigError: If there is none of this name.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"Architecture {name!r} is unknown; there are {sorted(ARCHITECTURES)}, and any "
+            "factory of your own as package.module:factory."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"Architecture {name!r} cannot be imported ({error}). Run from the folder that holds "
+            f"{module.partition('.')[0]!r}, or put that folder on PYTHONPATH."
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"Architecture {name!r} is {type(found).__name__}, not a factory.")
+    return found
+
+
+def build(
+    name: str,
+    shape: Sequence[int],
+    outputs: int,
+    *,
+    widths: Sequence[int] | None = None,
+    norm: str | None = None,
+) -> nn.Module:
     """One freshly initialised network.
 
     Args:
-        name: Key of ``ARCHITECTURES``.
-        shape: Shape of one input, ``(channels, height, width)``.
-        classes: Number of logits.
-        widths: Units or channels per hidden layer.
+        name: Key of ``ARCHITECTURES``, or ``package.module:factory``.
+        shape: Shape of one input, without batch.
+        outputs: Number of logits, or of numbers to predict.
+        widths: Units or channels per hidden layer; None for the architecture's own.
+        norm: Name of its normalisation; None for the architecture's own.
 
     Returns:
         The network.
 
     Raises:
-        ConfigError: If the name is unknown.
+        ConfigError: If the name is unknown, or the factory does not take what is given.
     """
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"Architecture {name!r} is unknown; there are {sorted(ARCHITECTURES)}.")
-    return ARCHITECTURES[name](shape, classes, widths=tuple(widths))
+    factory = factory_of(name)
+    known = inspect.signature(factory).parameters
+    given = {"widths": None if widths is None else tuple(widths), "norm": norm}
+    given = {option: value for option, value in given.items() if value is not None}
+    for option, value in given.items():
+        if option not in known:
+            raise ConfigError(f"Architecture {name!r} has no {option}; got {option}={value!r}.")
+    network = factory(shape, outputs, **given)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"Architecture {name!r} made a {type(network).__name__}, expected a torch.nn.Module."
+        )
+    return network
+
+
+def check(network: nn.Module, shape: Sequence[int], outputs: int, name: str) -> None:
+    """Refuse a network that the batched trainer would train otherwise than its module does.
+
+    Args:
+        network: Freshly built.
+        shape: Shape of one input, without batch.
+        outputs: Number of outputs that the task needs.
+        name: Of its architecture, for messages.
+
+    Raises:
+        ConfigError: If it is random in training mode, or its outputs have another shape.
+    """
+    inputs = torch.rand(4, *shape)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        network.train()
+        first, second = network(inputs), network(inputs)
+        network.eval()
+    if not isinstance(first, Tensor) or first.shape != (4, outputs):
+        got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise ConfigError(
+            f"Architecture {name!r}: 4 inputs {tuple(shape)} give {got}, expected (4, {outputs})."
+        )
+    if not torch.equal(first, second):
+        raise ConfigError(
+            f"Architecture {name!r} is random in training mode. Members are trained side by side "
+            "without dropout and the like: set its probability to 0, and use weight decay, noise "
+            "or early stopping instead."
+        )
 
 
 def program_of(model: nn.Module, shape: Sequence[int]) -> Program:
-    """The traced program of a network on inputs of the given shape."""
+    """The traced program of a network, in evaluation mode, on inputs of the given shape."""
     example = next(model.parameters()).new_zeros(2, *shape)
-    return trace(model, example)
+    return trace(model.eval(), example)

@@ -1,130 +1,57 @@
 """Build a zoo: ``python -m zoo.build --task digits --members 2 4 8``.
 
-Families of K networks, each trained on a segment of its own, all of them at once. A zoo is rebuilt
-only when an option that shapes it has changed.
+Families of K networks, each trained on a segment of its own, a shard of many families at a time. A
+zoo is rebuilt only when an option that shapes it has changed; a build that was interrupted goes on
+with the shards that are missing. ``accelerate launch -m zoo.build`` shares them out over processes.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from math import inf
-from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 from metamerge.errors import ConfigError, MetaMergeError, ZooError
-from metamerge.weights import Weights
+from metamerge.structure import Program
 from zoo import architectures
+from zoo.building import Building, check_place, locked
+from zoo.files import is_whole
 from zoo.options import parse
 from zoo.parts import TaskSplit, split_task
-from zoo.splits import SPLITS, describe
-from zoo.store import FAMILY_PARTS, Zoo, check_place, load_zoo, pad_rows, read_manifest, write_zoo
+from zoo.recipe import COUNTS, ZooOptions, factory_for, options_from
+from zoo.reference import features_for
+from zoo.shards import train_shard
+from zoo.store import FAMILY_PARTS, Zoo, files_of, group_name, load_zoo, read_manifest
 from zoo.tasks import load_task
-from zoo.training import init_networks, predict, train_networks
 
-PLACES = ("out", "data")  # options that say where things lie, not what they are
-SEEDS = 2**31  # beyond it the seeds of inits and orders would leave the range of torch's
+WORK = 5e12  # floating-point operations of a shard: half a minute on two CPU cores
+MOST = 4096  # members of a shard
+
+Report = Callable[[str, int, int], None]
+"""What is being trained, members that are done, members in all."""
 
 
 @dataclass(frozen=True)
-class ZooOptions:
-    """Build a zoo of families of segment checkpoints."""
+class Shard:
+    """Families that are trained and stored as one piece."""
 
-    task: str = "digits"  # digits, mnist or fashion-mnist
-    data: str | None = None  # folder with the task's files, where it needs some
-    out: str | None = None  # folder of the zoo; zoos/<task>, with a digest where options differ
-    objective: int = 400  # labelled images kept back for mergers, a quarter of them for validation
-    architecture: str = "mlp"  # mlp or cnn
-    widths: tuple[int, ...] = (32,)  # units or channels per hidden layer
-    split: str = "dirichlet"  # how segments are cut: dirichlet or disjoint
-    alpha: float = 0.4  # class skew of dirichlet segments; the smaller, the stronger
-    segment_size: int = 300  # images per segment; 0 deals every image to exactly one member
-    init: str = "own"  # own: every member its own init; shared: one per family
-    members: tuple[int, ...] = (2, 4, 8)  # members per family; one set of families for each
-    train_families: int = 100  # families that mergers are trained on, per number of members
-    validation_families: int = 24  # families that training is judged on
-    test_families: int = 24  # families that nothing but the comparison sees
-    epochs: float = 30.0  # passes of each member over its segment
-    batch_size: int = 32  # images per step
-    lr: float = 0.01  # learning rate of Adam at the start; falls to zero
-    weight_decay: float = 0.0  # decoupled weight decay
-    seed: int = 0  # seed of splits, inits and order of images
-
-    def __post_init__(self) -> None:
-        """Refuse options that make no sense.
-
-        Raises:
-            ConfigError: Naming the option.
-        """
-        for name, allowed in (("split", tuple(SPLITS)), ("init", ("own", "shared"))):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"{name}: got {value!r}, expected one of {allowed}.")
-        if self.architecture not in architectures.ARCHITECTURES:
-            known = sorted(architectures.ARCHITECTURES)
-            raise ConfigError(f"architecture: got {self.architecture!r}, expected one of {known}.")
-        if not self.members or min(self.members) < 1 or len(set(self.members)) < len(self.members):
-            raise ConfigError(f"members: expected different numbers from 1 on, got {self.members}.")
-        counts = ("train_families", "validation_families", "test_families", "batch_size")
-        for name in (*counts, "epochs", "lr", "alpha"):
-            if not 0 < getattr(self, name) < inf:
-                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
-        for name in ("segment_size", "weight_decay"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}.")
-        if min(self.widths, default=1) < 1:
-            raise ConfigError(f"widths: expected numbers from 1 on, got {self.widths}.")
-        if not 0 <= self.seed < SEEDS:
-            raise ConfigError(f"seed: expected 0 to {SEEDS - 1}, got {self.seed}.")
+    part: str
+    members: int
+    families: range
+    key: str
 
     @property
-    def digest(self) -> str:
-        """Hash of everything that shapes the zoo."""
-        return sha256(json.dumps(self.shaping, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def shaping(self) -> dict[str, Any]:
-        """The options that shape the zoo, as JSON gives them back."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACES}
-        numbers = {f.name: float(kept[f.name]) for f in fields(self) if f.type is float}
-        return json.loads(json.dumps(kept | numbers))  # 5 epochs are 5.0 epochs
-
-    @property
-    def folder(self) -> Path:
-        """Where the zoo lies."""
-        usual = ZooOptions(task=self.task).digest == self.digest
-        return Path(self.out or f"zoos/{self.task}{'' if usual else '-' + self.digest[:8]}")
-
-
-def options_from(record: Mapping[str, Any]) -> ZooOptions:
-    """Options as a manifest or a card records them.
-
-    Args:
-        record: Name -> value, as JSON gives it back.
-
-    Returns:
-        The options.
-
-    Raises:
-        ZooError: If they are not options of this version.
-    """
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    try:
-        return ZooOptions(**told)
-    except TypeError as error:
-        raise ZooError(
-            f"These options of a zoo are of another version ({error}). Build the zoo again."
-        ) from error
+    def size(self) -> int:
+        """Number of networks."""
+        return len(self.families) * self.members
 
 
 def split_of(zoo: Zoo) -> TaskSplit:
@@ -137,8 +64,14 @@ def split_of(zoo: Zoo) -> TaskSplit:
         The split.
 
     Raises:
-        ZooError: If the task's data are not those that the zoo was built on.
+        ZooError: If the task's data are not those that the zoo was built on, or nobody knows them.
     """
+    if zoo.options is None:
+        raise ZooError(
+            f"{zoo.folder} was imported from {zoo.manifest['source']}: nobody knows which images "
+            "its members saw, so nothing can be judged on it. Merge its families, or look at them "
+            "with `python -m zoo.show`."
+        )
     split = _split(options_from(zoo.options))
     told, found = zoo.manifest["task"]["digest"], split.task.digest
     if told != found:
@@ -150,179 +83,207 @@ def split_of(zoo: Zoo) -> TaskSplit:
 
 
 def _split(options: ZooOptions) -> TaskSplit:
-    task = load_task(options.task, options.data)
+    task = load_task(
+        options.task, options.data, target=options.target, kind=options.kind, drop=options.drop
+    )
     return split_task(task, seed=options.seed, objective=options.objective)
 
 
-def build(options: ZooOptions, *, progress: Callable[[str, int, int], None] | None = None) -> Zoo:
+def build(
+    options: ZooOptions, *, progress: Report | None = None, state: PartialState | None = None
+) -> Zoo:
     """Build a zoo, or open it if it is there already with the same options.
+
+    Shards that are missing or damaged are trained; those that are whole are kept, also when more
+    families are asked for than the folder holds.
 
     Args:
         options: What to build.
-        progress: Called with (what, networks done, networks in all).
+        progress: Called as shards are trained.
+        state: The processes among which shards are shared out, all of which call this; by default
+            this process does everything, on the CPU.
 
     Returns:
         The zoo.
 
     Raises:
+        ConfigError: If options do not fit the task or each other.
         ZooError: If segments cannot be cut, members diverge, or the folder holds a zoo of other
             options or something else, or cannot be written.
     """
-    folder = options.folder
+    folder, main = options.folder, state is None or state.is_main_process
     check_place(folder)  # before the lock: a place that is refused is left as it was
-    with _locked(folder):
-        found = read_manifest(folder)
-        if found is not None and found["digest"] == options.digest:
-            return load_zoo(folder)
-        if found is not None and options.out is not None:
-            told = found["options"]
-            differ = [k for k, v in options.shaping.items() if k not in told or told[k] != v]
-            raise ZooError(
-                f"{folder} holds a zoo with other options ({', '.join(differ)}). Choose another "
-                "--out, or delete it."
-            )
-        return _build(options, folder, progress)
+    with locked(folder) if main else nullcontext():
+        older = read_manifest(folder) and load_zoo(folder)
+        same = older is not None and older.digest == options.digest
+        if same and all(is_whole(folder, entry) for entry in files_of(older.groups)):
+            _wait(state)
+            return older
+        if older is not None and not same:
+            _check_growth(older, options)
+        return _build(options, older, progress, state)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One builder at a time for a folder; the lock lies beside it."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise ZooError(f"{folder} cannot be written: {error}. Choose another --out.") from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _wait(state: PartialState | None) -> None:
+    if state is not None:
+        state.wait_for_everyone()
+
+
+def _check_growth(older: Zoo, options: ZooOptions) -> None:
+    """Refuse to replace a zoo, unless the new one is that one and more."""
+    told, asked = older.options or {}, options.shaping
+    differ = [name for name in asked if name not in told or told[name] != asked[name]]
+    fewer = [n for n in COUNTS[1:] if asked[n] < told.get(n, 0)]
+    gone = not set(told.get("members", ())) <= set(asked["members"])
+    if set(differ) - set(COUNTS) or fewer or gone:
+        raise ZooError(
+            f"{older.folder} holds a zoo with other options ({', '.join(differ)}). Choose another "
+            "--out, or delete it."
+        )
 
 
 def _build(
-    options: ZooOptions, folder: Path, progress: Callable[[str, int, int], None] | None
+    options: ZooOptions, older: Zoo | None, progress: Report | None, state: PartialState | None
 ) -> Zoo:
+    main = state is None or state.is_main_process
     split = _split(options)
-    shape, classes = split.task.inputs.shape[1:], split.task.classes
+    program = _program(options, split)
+    plan = _plan(options, split, program)
+    building = Building(options.folder, options.digest)
+    if main:
+        building.open()
+        if older is not None:
+            building.take(older)
+    _wait(state)
+    done = building.shards()
+    missing = [shard for shard in plan if shard.key not in done]
+    _wait(state)  # nobody adds shards before everybody has seen which are missing
+    first, step = (0, 1) if state is None else (state.process_index, state.num_processes)
+    own = missing[first::step]
+    given = features_for(options, split) if own else {}
+    device = "cpu" if state is None else state.device
+    trained, total = 0, sum(shard.size for shard in own)
+    for shard in own:
+        name = f"{shard.part} families of {shard.members}"
+        report = progress and partial(_report, progress, name, trained, total)
+        place = (shard.part, shard.members)
+        tensors = train_shard(options, split, program, place, shard.families, given, device, report)
+        building.add(shard.key, tensors, members=shard.members)
+        trained += shard.size
+    _wait(state)
+    if main:
+        _finish(options, split, program, plan, building)
+    _wait(state)
+    return load_zoo(options.folder)
 
-    def network() -> torch.nn.Module:
-        return architectures.build(options.architecture, shape, classes, widths=options.widths)
 
-    program = architectures.program_of(network(), shape)
-    generator = torch.Generator().manual_seed(options.seed)
-    total = sum(options.members) * sum(_count(options, part) for part in FAMILY_PARTS)
-    done, next_seed = 0, options.seed * 10_000_019
-    files, rows = {}, {}
+def _report(progress: Report, name: str, before: int, total: int, trained: int) -> None:
+    progress(name, before + trained, total)
+
+
+def _program(options: ZooOptions, split: TaskSplit) -> Program:
+    """The architecture, once everything is known to fit the task."""
+    task, shape = split.task, tuple(split.task.inputs.shape[1:])
+    variants = {"relabel": options.relabel, "classes_per_family": options.classes_per_family}
+    for name, value in variants.items():
+        if value and task.regression:
+            raise ConfigError(f"{name}: {task.name!r} has no classes, its targets are numbers.")
+    if task.classes and options.classes_per_family > task.classes:
+        raise ConfigError(
+            f"classes_per_family: got {options.classes_per_family}, {task.name!r} has "
+            f"{task.classes} classes."
+        )
+    network = factory_for(options, task)
+    outputs = options.classes_per_family or task.outputs
+    architectures.check(network(), shape, outputs, options.architecture)
+    return architectures.program_of(network(), shape)
+
+
+def _plan(options: ZooOptions, split: TaskSplit, program: Program) -> list[Shard]:
+    """All shards of a zoo, each with a key that says what is in it."""
+    known = {k: v for k, v in options.shaping.items() if k not in COUNTS}
+    made_of = sha256(json.dumps(program.to_json(), sort_keys=True).encode()).hexdigest()
+    common = json.dumps([known, split.task.digest, made_of], sort_keys=True)
+    plan = []
     for part in FAMILY_PARTS:
         for members in options.members:
-            families = _count(options, part)
-            segments = [
-                segment
-                for _ in range(families)
-                for segment in _segments(options, split, members, generator)
-            ]
-            seeds = _init_seeds(options, families, members, next_seed)
-            next_seed = max(seeds) + 1
+            count, size = options.families(part), _shard_size(options, split, program, members)
+            for start in range(0, count, size):
+                families = range(start, min(start + size, count))
+                place = f"{common}/{part}/{members}/{families.start}/{families.stop}"
+                key = sha256(place.encode()).hexdigest()[:24]
+                plan.append(Shard(part, members, families, key))
+    return plan
 
-            report = progress and partial(progress, f"{part} families of {members}", total=total)
-            with split.training():
-                weights = train_networks(
-                    program,
-                    init_networks(network, seeds),
-                    split.task.inputs,
-                    split.task.targets,
-                    segments,
-                    epochs=options.epochs,
-                    batch_size=options.batch_size,
-                    lr=options.lr,
-                    weight_decay=options.weight_decay,
-                    seed=next_seed % SEEDS,
-                    progress=report
-                    and (lambda trained, report=report, done=done: report(done=done + trained)),
-                )
-                _check_converged(weights, options)
-                accuracy = _accuracy(program, weights, *split.images("validation"))
-            done += len(seeds)
-            stem = f"{part}-k{members}"
-            stacked = {key: t.unflatten(0, (families, members)) for key, t in weights.items()}
-            origin = _provenance(seeds, segments, accuracy, split, families, members)
-            files[stem] = (stacked, origin)
-            rows[stem] = pad_rows(segments, families, members)
+
+def _shard_size(options: ZooOptions, split: TaskSplit, program: Program, members: int) -> int:
+    """Families per shard: as many as make about the same work."""
+    if options.shard:
+        return max(1, options.shard // members)
+    everything = len(split.rows("segments"))
+    shared = everything if options.split == "everything" else everything / members
+    rows = options.segment_size or shared
+    each = 6 * multiply_adds(program) * rows * options.epochs[-1]
+    return max(1, int(min(MOST, WORK / each)) // members)
+
+
+def multiply_adds(program: Program) -> int:
+    """Multiply-adds of one input in the linear and convolutional layers of a network."""
+    total = 0
+    for node in program.nodes:
+        if node.op == "linear.default" or node.op.startswith("conv"):
+            _, channels, *kernel = program.shapes[node.args[1].name]
+            fan_in = channels
+            for size in kernel:
+                fan_in *= size
+            made = 1
+            for size in program.shapes[node.name]:
+                made *= size or 1  # the batch has no size
+            total += made * fan_in
+    return total
+
+
+def _finish(
+    options: ZooOptions, split: TaskSplit, program: Program, plan: list[Shard], building: Building
+) -> None:
+    found, groups = building.shards(), {}
+    for shard in plan:
+        group = groups.setdefault(
+            group_name(shard.part, shard.members),
+            {"part": shard.part, "members": shard.members, "families": 0, "shards": []},
+        )
+        group["families"] += len(shard.families)
+        group["shards"].append(found[shard.key])
+    task = split.task
+    scaling = {name: values.tolist() for name, values in split.scaling.items()}
+    told = {
+        "name": task.name,
+        "digest": task.digest,
+        "classes": task.classes,
+        "outputs": task.outputs,
+        "labels": list(task.labels),
+        "notes": list(task.notes),
+        "scaling": scaling,
+    }
     manifest = {
         "digest": options.digest,
-        "options": asdict(options),
-        "task": {"name": split.task.name, "digest": split.task.digest, "classes": classes},
+        "options": json.loads(json.dumps(asdict(options))),
+        "task": told,
         "program": program.to_json(),
+        "source": None,
     }
-    return write_zoo(folder, files, rows, manifest)
+    building.finish(groups, manifest)
 
 
-def _check_converged(weights: Weights, options: ZooOptions) -> None:
-    if not all(t.isfinite().all() for t in weights.values() if t.is_floating_point()):
-        raise ZooError(f"Some members diverged at lr={options.lr}. Build with a smaller --lr.")
-
-
-def _count(options: ZooOptions, part: str) -> int:
-    return getattr(options, f"{part}_families")
-
-
-def _segments(
-    options: ZooOptions, split: TaskSplit, members: int, generator: torch.Generator
-) -> list[Tensor]:
-    rows, targets = split.rows("segments"), split.task.targets
-    size = options.segment_size or None
-    if options.split == "disjoint":
-        return SPLITS["disjoint"](targets, rows, members, size=size, generator=generator)
-    # each member draws its own images: eight segments of 300 do not fit into small tasks otherwise
-    return SPLITS["dirichlet"](
-        targets,
-        rows,
-        members,
-        alpha=options.alpha,
-        size=size,
-        overlap=size is not None,
-        generator=generator,
-    )
-
-
-def _init_seeds(options: ZooOptions, families: int, members: int, start: int) -> list[int]:
-    """One init seed per member, family after family; no seed is used in two families."""
-    if options.init == "shared":
-        return [start + family for family in range(families) for _ in range(members)]
-    return list(range(start, start + families * members))
-
-
-def _accuracy(program: Any, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
-    return (predict(program, weights, inputs).argmax(-1) == targets).float().mean(1)
-
-
-def _provenance(
-    seeds: list[int],
-    segments: list[Tensor],
-    accuracy: Tensor,
-    split: TaskSplit,
-    families: int,
-    members: int,
-) -> list[list[dict[str, Any]]]:
-    counts = describe(segments, split.task.targets, split.task.classes)
-    flat = [
-        {
-            "init_seed": seed,
-            "rows": len(segment),
-            "rows_per_class": count.tolist(),
-            "validation_accuracy": round(float(score), 4),
-        }
-        for seed, segment, count, score in zip(seeds, segments, counts, accuracy, strict=True)
-    ]
-    return [flat[f * members : (f + 1) * members] for f in range(families)]
-
-
-def build_with_progress(options: ZooOptions, console: Console | None = None) -> Zoo:
+def build_with_progress(
+    options: ZooOptions, console: Console | None = None, state: PartialState | None = None
+) -> Zoo:
     """``build`` with a progress bar and a closing line in the terminal.
 
     Args:
         options: What to build.
         console: Where to print.
+        state: The processes among which shards are shared out.
 
     Returns:
         The zoo.
@@ -342,9 +303,12 @@ def build_with_progress(options: ZooOptions, console: Console | None = None) -> 
             progress=lambda what, done, total: bar.update(
                 task, description=f"zoo: {what}", completed=done, total=total
             ),
+            state=state,
         )
-    networks = sum(e["families"] * e["members"] for e in zoo.manifest["files"].values())
+    networks = sum(group["families"] * group["members"] for group in zoo.groups.values())
     seconds = time.perf_counter() - started
+    for note in (zoo.manifest["task"] or {}).get("notes", ()):
+        console.print(f"[bold]note[/] {note}", highlight=False)
     console.print(f"[bold]zoo[/] {zoo.folder}: {networks} networks ready in {seconds:.1f} s")
     return zoo
 
@@ -352,8 +316,9 @@ def build_with_progress(options: ZooOptions, console: Console | None = None) -> 
 def main() -> None:
     """Entry point of ``python -m zoo.build``."""
     options = parse(ZooOptions, prog="python -m zoo.build")
+    state = PartialState()
     try:
-        build_with_progress(options)
+        build_with_progress(options, Console(quiet=not state.is_main_process), state)
     except MetaMergeError as error:
         print(f"zoo.build: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error

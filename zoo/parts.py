@@ -7,9 +7,9 @@ back for stopping and choosing), and those that decide at the end (``test``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import torch
@@ -23,7 +23,7 @@ PARTS = ("segments", "objective", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class TaskSplit:
-    """Four sets of rows of one task, pairwise disjoint, each with every class.
+    """Four sets of rows of one task, pairwise disjoint, each with every class there is.
 
     Inside ``with split.training():`` the test images are refused. The guard lives on this object
     and holds for every thread; whoever indexes ``task.inputs`` with own rows walks around it.
@@ -34,6 +34,8 @@ class TaskSplit:
         objective: Rows that a merger is trained on.
         validation: The objective rows that are held back for stopping and choosing.
         test: Rows for the final score.
+        scaling: How the task was standardised, if it was: ``mean`` and ``scale`` of ``inputs`` and,
+            in a regression, of ``targets``; new inputs want the same before a network reads them.
     """
 
     task: Task
@@ -41,6 +43,7 @@ class TaskSplit:
     objective: Tensor = field(repr=False)
     validation: Tensor = field(repr=False)
     test: Tensor = field(repr=False)
+    scaling: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     _trainings: list[None] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +86,7 @@ class TaskSplit:
             part: One of ``PARTS``.
 
         Returns:
-            New tensors: inputs ``[rows, channels, height, width]`` and targets ``[rows]``.
+            New tensors: inputs ``[rows, ...]`` and targets ``[rows]``, or ``[rows, outputs]``.
 
         Raises:
             ConfigError: If there is no such part.
@@ -117,8 +120,10 @@ def split_task(
 ) -> TaskSplit:
     """Cut a task into segments, objective, validation and test rows, stratified by class.
 
-    Every part has the class frequencies of the task to within one row. A float is a fraction,
-    an int a number of rows.
+    Every part has the class frequencies of the task to within one row; of a regression, the
+    frequencies of the ten deciles of its first output. A task that asks for it is standardised by
+    mean and standard deviation of the segments, so no other row has a say in them. A float is a
+    fraction, an int a number of rows.
 
     Args:
         task: What is cut.
@@ -136,28 +141,57 @@ def split_task(
         ZooError: If a part would miss a class.
     """
     generator = torch.Generator().manual_seed(seed)
+    strata = _strata(task)
     everything = torch.arange(len(task.targets))
     if task.test_rows is None:
-        test_part, free = _draw(task, everything, test, "test", generator)
+        test_part, free = _draw(strata, everything, test, "test", generator)
     else:
         official = torch.zeros(len(everything), dtype=torch.bool)
         official[task.test_rows.start : task.test_rows.stop] = True
         test_part, free = everything[official], everything[~official]
-    held_back, segments = _draw(task, free, objective, "objective", generator)
+    held_back, segments = _draw(strata, free, objective, "objective", generator)
     validation, objective_part = _draw(
-        task, held_back, validation_share, "validation_share", generator
+        strata, held_back, validation_share, "validation_share", generator
     )
-    return TaskSplit(task, segments, objective_part, validation, test_part)
+    parts = (segments, objective_part, validation, test_part)
+    if not task.standardise:
+        return TaskSplit(task, *parts)
+    scaled, scaling = _standardised(task, segments)
+    return TaskSplit(scaled, *parts, scaling)
+
+
+def _strata(task: Task) -> Tensor:
+    """Class of every row; of a regression, the decile of its first output. ``[rows]``."""
+    if not task.regression:
+        return task.targets
+    first = task.targets[:, 0].double()
+    deciles = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    return torch.bucketize(first, first.quantile(deciles))
+
+
+def _standardised(task: Task, rows: Tensor) -> tuple[Task, dict[str, Tensor]]:
+    """The task with inputs, and numbers to predict, of mean 0 and deviation 1 on ``rows``."""
+    changed, scaling = {}, {}
+    for name in ("inputs", "targets") if task.regression else ("inputs",):
+        values = getattr(task, name)
+        known = values[rows].double()
+        mean, deviation = known.mean(0), known.std(0, correction=0)
+        scale = deviation.where(deviation > 0, 1.0)  # what never varies stays at 0
+        changed[name] = ((values.double() - mean) / scale).float()
+        scaling |= {f"{name}.mean": mean, f"{name}.scale": scale}
+    scaled = replace(task, standardise=False, **changed)
+    scaled.__dict__["digest"] = task.digest  # of the data as they came
+    return scaled, scaling
 
 
 def _draw(
-    task: Task, rows: Tensor, amount: float | int, option: str, generator: torch.Generator
+    strata: Tensor, rows: Tensor, amount: float | int, option: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw ``amount`` of ``rows`` stratified by class; return those drawn and those left."""
     number = _number_of_rows(amount, len(rows), option)
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
-    shuffled = shuffled[task.targets[shuffled].argsort(stable=True)]  # class by class
-    counts = torch.bincount(task.targets[rows], minlength=task.classes)  # [classes]
+    shuffled = shuffled[strata[shuffled].argsort(stable=True)]  # class by class
+    counts = torch.bincount(strata[rows])  # [classes]
 
     # Largest remainders: whole rows first, the rest to the classes that lost most by rounding.
     take = counts * number // len(rows)
@@ -213,6 +247,8 @@ def _check_part(task: Task, part: str, rows: Tensor) -> None:
         if wrong:
             side = "are not" if part == "test" else "are"
             raise ZooError(f"{where} has {wrong} rows that {side} official test rows of the task.")
+    if task.regression:
+        return
     counts = torch.bincount(task.targets[rows], minlength=task.classes)
     missing = (counts == 0).nonzero().flatten().tolist()
     if missing:

@@ -16,8 +16,9 @@ from rich.console import Console
 from evaluation import controls
 from metamerge import merge
 from metamerge.mergers import load_merger, read_card
-from zoo.build import build, options_from, split_of
+from zoo.build import build, split_of
 from zoo.options import parse
+from zoo.recipe import options_from
 
 
 @dataclass(frozen=True)

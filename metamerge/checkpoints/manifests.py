@@ -9,7 +9,7 @@ from metamerge.errors import Unreadable
 
 MANIFEST_NAME = "manifest.json"
 CHECKPOINT_FORMAT = "metamerge-checkpoint-1"
-ZOO_FORMAT = "metamerge-zoo-1"
+ZOO_FORMAT = "metamerge-zoo-2"
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -34,7 +34,7 @@ def read_manifest(folder: Path) -> dict | None:
     if kind not in (CHECKPOINT_FORMAT, ZOO_FORMAT):
         raise Unreadable(
             f"{display(path)}: has format {kind[:50]!r}, known are {CHECKPOINT_FORMAT!r} and "
-            f"{ZOO_FORMAT!r}. Use a newer metamerge."
+            f"{ZOO_FORMAT!r}. Make it again with this version, or use the one that made it."
         )
     _check_types(manifest, path)
     return manifest
@@ -70,6 +70,8 @@ def _check_types(manifest: dict, path: Path) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(e, dict) for e in files.values()):
         raise Unreadable(f"{display(path)}: 'files' must map names to objects. Write it again.")
+    if manifest["format"] == ZOO_FORMAT and not isinstance(manifest.get("groups"), dict):
+        raise Unreadable(f"{display(path)}: 'groups' must be an object. Build the zoo again.")
     if not isinstance(manifest.get("program"), dict | None):
         raise Unreadable(f"{display(path)}: 'program' must be an object or null. Write it again.")
     if not isinstance(manifest.get("metadata", {}), dict):

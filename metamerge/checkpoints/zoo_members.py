@@ -1,11 +1,14 @@
-"""Read members of a zoo by address: ``<folder>#<file stem>/<family>[/<member>]``.
+"""Read members of a zoo by address: ``<folder>#<group>/<family>[/<member>]``.
 
-A zoo keeps one safetensors file per split, in which every tensor has shape [F, K, ...] for F
-families of K members; only the part that is asked for is read.
+A zoo keeps the families of a group, such as ``test-k8``, in shards: one safetensors file of
+weights, in which every tensor has shape [F, K, ...] for F families of K members, and one of records
+that say where members come from. Only the part that is asked for is read.
 """
 
 from pathlib import Path
 from typing import BinaryIO
+
+from torch import Tensor
 
 from metamerge.checkpoints.checkpoint import Checkpoint
 from metamerge.checkpoints.manifests import ZOO_FORMAT, read_manifest, verify
@@ -14,13 +17,14 @@ from metamerge.checkpoints.safetensors_files import Header, read_header, read_ro
 from metamerge.errors import ConfigError, TooLarge, Unreadable
 
 VERIFY_BELOW_BYTES = 64 * 2**20
+_LISTS = ("rows_per_class",)  # records of more than one number that are told as provenance
 
 
 def read_members(address: str, max_bytes: int) -> list[Checkpoint]:
     """Read one family, or one member of it.
 
     Args:
-        address: ``zoos/digits#test-k8/3`` for all members of family 3 of ``test-k8.safetensors``,
+        address: ``zoos/digits#test-k8/3`` for all members of family 3 of the group ``test-k8``,
             ``zoos/digits#test-k8/3/0`` for its first member.
         max_bytes: Largest number of tensor bytes that are read.
 
@@ -31,32 +35,34 @@ def read_members(address: str, max_bytes: int) -> list[Checkpoint]:
 
     Raises:
         ConfigError: If the address is not of this form, or a family or member is out of range.
-        Unreadable: If the folder is not a zoo, or file and manifest disagree.
+        Unreadable: If the folder is not a zoo, or files and manifest disagree.
         TooLarge: If more than ``max_bytes`` would be read.
-        CheckpointError: If the file is damaged.
+        CheckpointError: If a file is damaged.
         IncompatibleWeights: If a tensor cannot be merged.
     """
-    folder, stem, indices = _parse(address)
+    folder, name, indices = _parse(address)
     manifest = _zoo_manifest(folder)
-    path = folder / f"{stem}.safetensors"
-    entry = _file_entry(manifest, path)
-    family, members = _select(indices, entry, address)
+    group = _group(manifest, folder, name)
+    family, members = _select(indices, group, address)
+    shard, place = _shard(group, family, folder)
+    path = _path(shard, "weights", folder)
     with open_regular(path) as file:
-        small = file_size(file) < VERIFY_BELOW_BYTES
-        verified = small and verify(file, path, manifest)
+        verified = file_size(file) < VERIFY_BELOW_BYTES and verify(file, path, manifest)
         header = read_header(file, display(path), max_bytes=file_size(file))
-        _check_shapes(header, entry, path)
-        _check_amount(header, entry, len(members), address, max_bytes)
-        return [
-            Checkpoint(
-                name=f"{display(folder)}#{stem}/{family}/{member}",
-                weights=_member(file, header, (family, member), display(path)),
-                program=manifest.get("program"),
-                metadata=_provenance(entry, family, member),
-                verified=verified,
-            )
-            for member in members
-        ]
+        _check_shapes(header, (shard["families"], group["members"]), path)
+        _check_amount(header, group["members"], len(members), address, max_bytes)
+        weights = [_member(file, header, (place, member), display(path)) for member in members]
+    records = _provenance(_path(shard, "records", folder), (place, members), manifest)
+    return [
+        Checkpoint(
+            name=f"{display(folder)}#{name}/{family}/{member}",
+            weights=own,
+            program=manifest.get("program"),
+            metadata=told,
+            verified=verified,
+        )
+        for member, own, told in zip(members, weights, records, strict=True)
+    ]
 
 
 def _parse(address: str) -> tuple[Path, str, list[int]]:
@@ -64,8 +70,8 @@ def _parse(address: str) -> tuple[Path, str, list[int]]:
     stem, *indices = rest.split("/")
     if not folder or not stem or len(indices) not in (1, 2):
         raise ConfigError(
-            f"{display(address)}: expected <zoo folder>#<file>/<family> or "
-            f"<zoo folder>#<file>/<family>/<member>."
+            f"{display(address)}: expected <zoo folder>#<group>/<family> or "
+            f"<zoo folder>#<group>/<family>/<member>."
         )
     if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in indices):
         raise ConfigError(f"{display(address)}: family and member must be numbers from 0 on.")
@@ -82,34 +88,56 @@ def _zoo_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _file_entry(manifest: dict, path: Path) -> dict:
-    entry = manifest["files"].get(path.name)
-    if entry is None:
-        stems = [Path(name).stem for name in manifest["files"]][:10]
-        raise ConfigError(f"{display(path.parent)}: has no file {path.stem!r}; it has {stems}.")
-    for field in ("families", "members"):
-        if type(entry.get(field)) is not int or entry[field] < 1:
-            raise Unreadable(
-                f"{display(path)}: its manifest gives {field} as {entry.get(field)!r}, expected a "
-                f"positive number. Build the zoo again."
-            )
-    return entry
+def _group(manifest: dict, folder: Path, name: str) -> dict:
+    group = manifest["groups"].get(name)
+    if group is None:
+        known = sorted(manifest["groups"])[:10]
+        raise ConfigError(f"{display(folder)}: has no group {name!r}; it has {known}.")
+    shards = group.get("shards") if isinstance(group, dict) else None
+    counted = isinstance(shards, list) and all(isinstance(shard, dict) for shard in shards)
+    numbers = [group.get("members"), *(s.get("families") for s in shards)] if counted else []
+    if not counted or not all(type(number) is int and number > 0 for number in numbers):
+        raise Unreadable(
+            f"{display(folder)}: its manifest describes group {name!r} by {str(group)[:100]}, "
+            f"expected members and shards with families. Build the zoo again."
+        )
+    return {**group, "families": sum(shard["families"] for shard in shards)}
 
 
-def _select(indices: list[int], entry: dict, address: str) -> tuple[int, list[int]]:
+def _shard(group: dict, family: int, folder: Path) -> tuple[dict, int]:
+    """The shard that holds a family, and the family's place in it."""
+    for shard in group["shards"]:
+        if family < shard["families"]:
+            return shard, family
+        family -= shard["families"]
+    raise AssertionError(f"{folder}: family out of range")  # _select has checked it
+
+
+def _path(shard: dict, kind: str, folder: Path) -> Path:
+    """The file of a shard, which lies in the zoo's own folder."""
+    entry = shard.get(kind)
+    name = entry.get("file") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or Path(name).name != name:
+        raise Unreadable(
+            f"{display(folder)}: its manifest names {str(name)[:100]!r} as {kind} of a shard, "
+            f"expected a file name. Build the zoo again."
+        )
+    return folder / name
+
+
+def _select(indices: list[int], group: dict, address: str) -> tuple[int, list[int]]:
     """Check the indices of the address and list the members to read."""
     counts = (("family", "families"), ("member", "members"))
     for (word, field), index in zip(counts, indices, strict=False):
-        if index >= entry[field]:
+        if index >= group[field]:
             raise ConfigError(
-                f"{display(address)}: {word} {index} does not exist, there are {entry[field]} "
-                f"{field}, numbered from 0 to {entry[field] - 1}."
+                f"{display(address)}: {word} {index} does not exist, there are {group[field]} "
+                f"{field}, numbered from 0 to {group[field] - 1}."
             )
-    return indices[0], indices[1:] or list(range(entry["members"]))
+    return indices[0], indices[1:] or list(range(group["members"]))
 
 
-def _check_shapes(header: Header, entry: dict, path: Path) -> None:
-    expected = (entry["families"], entry["members"])
+def _check_shapes(header: Header, expected: tuple[int, int], path: Path) -> None:
     for key, tensor in header.entries.items():
         if tensor.shape[:2] != expected:
             raise Unreadable(
@@ -118,9 +146,10 @@ def _check_shapes(header: Header, entry: dict, path: Path) -> None:
             )
 
 
-def _check_amount(header: Header, entry: dict, members: int, address: str, limit: int) -> None:
+def _check_amount(header: Header, of: int, members: int, address: str, limit: int) -> None:
+    families = next(iter(header.entries.values())).shape[0] if header.entries else 1
     whole = sum(tensor.nbytes for tensor in header.entries.values())
-    amount = whole // (entry["families"] * entry["members"]) * members
+    amount = whole // (families * of) * members
     if amount > limit:
         raise TooLarge(f"{display(address)}: holds {amount} bytes, the limit is {limit}.")
 
@@ -129,10 +158,28 @@ def _member(file: BinaryIO, header: Header, index: tuple[int, int], name: str) -
     return {key: read_row(file, entry, index, name) for key, entry in header.entries.items()}
 
 
-def _provenance(entry: dict, family: int, member: int) -> dict:
-    """Give what the zoo knows of a member; an empty dict where it knows nothing."""
-    try:
-        known = entry["provenance"][family][member]
-    except (KeyError, IndexError, TypeError):
-        return {}
-    return known if isinstance(known, dict) else {}
+def _provenance(path: Path, place: tuple[int, list[int]], manifest: dict) -> list[dict]:
+    """What the zoo recorded of members: numbers by name."""
+    family, members = place
+    with open_regular(path) as file:
+        if file_size(file) < VERIFY_BELOW_BYTES:
+            verify(file, path, manifest)
+        header = read_header(file, display(path), max_bytes=file_size(file))
+        told = {
+            key: entry
+            for key, entry in header.entries.items()
+            if len(entry.shape) == 2 or key in _LISTS
+        }
+        return [
+            {
+                key: _number(read_row(file, entry, (family, member), display(path)))
+                for key, entry in told.items()
+            }
+            for member in members
+        ]
+
+
+def _number(value: Tensor) -> object:
+    """A record as JSON has it; None for what is not known."""
+    number = value.tolist()
+    return None if number != number else number

@@ -58,7 +58,9 @@ class Execution:
     """One pass through a program, a node at a time.
 
     ``weights`` is read when a node needs it, so a caller may fill it while the pass goes on: this
-    is how refit computes a layer from the inputs that the layers before it produce.
+    is how refit computes a layer from the inputs that the layers before it produce. In
+    ``training``, stacked networks normalise by the statistics of their own batch, and
+    ``statistics`` holds what becomes of the running ones: key -> ``[n, c]``.
     """
 
     def __init__(
@@ -69,10 +71,13 @@ class Execution:
         *,
         stacked: bool,
         own_inputs: bool = False,
+        training: bool = False,
     ) -> None:
         self.program = program
         self.weights = weights
         self.stacked = stacked
+        self.training = training
+        self.statistics: Weights = {}
         self.device = inputs[0].device if inputs else torch.device("cpu")
         lanes = [Lane(x, own_inputs) for x in inputs]
         self.values = dict(zip(program.inputs, lanes, strict=bool(inputs)))
@@ -99,7 +104,23 @@ class Execution:
         kwargs = {k: self._plain(v) for k, v in node.kwargs.items()}
         if node.op in FACTORIES:
             kwargs["device"] = self.device
+        if self.training and node.op == "batch_norm.default" and args[3].stacked:
+            return self._normalise_by_batch(node, args)
         return _call(node.op, args, kwargs)
+
+    def _normalise_by_batch(self, node: Node, args: tuple[Lane, ...]) -> Lane:
+        """Batch normalisation of ``n`` networks in training mode: one of ``n * c`` channels."""
+        x, weight, bias, mean, var = (lane.value for lane in args[:5])
+        momentum, eps = args[6].value, args[7].value
+        n = len(mean)
+        mean, var = mean.flatten().clone(), var.flatten().clone()  # changed in place by torch
+        affine = (None if t is None else t.flatten() for t in (weight, bias))
+        maps = rearrange(x, "n b c ... -> b (n c) ...")
+        y = F.batch_norm(maps, mean, var, *affine, True, momentum, eps)
+        for position, value in ((3, mean), (4, var)):
+            key = self.program.parameters[node.args[position].name]
+            self.statistics[key] = value.unflatten(0, (n, -1))
+        return Lane(rearrange(y, "b (n c) ... -> n b c ...", n=n), True)
 
     def argument(self, node: Node, position: int) -> Lane:
         """A tensor argument that the node is about to read."""
@@ -211,26 +232,32 @@ def _linear(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor |
 
 
 def _conv2d(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Unfold and one batched product: a grouped convolution is several times slower on a CPU."""
+    """One convolution over the channels of all networks, in groups where inputs are their own."""
     x, weight, bias, stride, padding, dilation, groups = _convolution_arguments(args)
-    if not weight.stacked or groups != 1 or isinstance(padding, str):
+    if not weight.stacked or groups != 1 or not (bias is None or bias.stacked):
         return None
-    n, _, _, *kernel = weight.value.shape
-    maps = x.value.flatten(0, 1) if x.stacked else x.value
-    patches = F.unfold(maps, kernel, dilation, padding, stride)  # [n*b or b, c*kh*kw, l]
-    flat = weight.value.flatten(2)  # [n, o, c*kh*kw]
-    if x.stacked:
-        patches = rearrange(patches, "(n b) c l -> n c (b l)", n=n)
-    else:
-        patches = rearrange(patches, "b c l -> 1 c (b l)").expand(n, -1, -1)
-    y = (
-        torch.bmm(flat, patches)
-        if bias is None
-        else torch.baddbmm(bias.value[..., None], flat, patches)
+    n, maps = len(weight.value), _as_channels(x.value) if x.stacked else x.value
+    y = F.conv2d(
+        _channels_last(maps),
+        _channels_last(weight.value.flatten(0, 1)),
+        None if bias is None else bias.value.flatten(),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=n if x.stacked else 1,
     )
-    height = _conv_size(maps.shape[2], kernel[0], stride[0], padding[0], dilation[0])
-    b = x.value.shape[int(x.stacked)]
-    return rearrange(y, "n o (b h w) -> n b o h w", b=b, h=height)
+    return rearrange(y, "b (n o) h w -> n b o h w", n=n)
+
+
+def _as_channels(value: Tensor) -> Tensor:
+    """Networks as part of the channels, without a copy where a convolution made the value."""
+    return rearrange(value, "n b c ... -> b (n c) ...")
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    """A CPU convolves groups up to ten times as fast when their channels come last in memory."""
+    fast = value.device.type == "cpu" and value.dtype in (torch.float32, torch.bfloat16)
+    return value.contiguous(memory_format=torch.channels_last) if fast else value
 
 
 def _convolution_arguments(args: tuple[Lane, ...]) -> tuple:
@@ -241,14 +268,16 @@ def _convolution_arguments(args: tuple[Lane, ...]) -> tuple:
     return (args[0], args[1], bias, *options)
 
 
-def _conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def _spatial(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Pooling and padding know nothing of networks: they become part of the batch."""
-    x = args[0].value
-    y = operator(op)(x.flatten(0, 1), *(a.value for a in args[1:]), **kwargs)
+    """Pooling and padding know nothing of networks: they become part of the batch or channels."""
+    x, options = args[0].value, tuple(a.value for a in args[1:])
+    if op == "adaptive_avg_pool2d.default" and set(options[0]) == {1}:
+        # The gradient of a mean comes in another layout than its input, which costs the rest dear.
+        op, options = "avg_pool2d.default", (x.shape[-2:],)
+    if op in _POOLING and x.ndim == _POOLING[op] + 3:
+        y = operator(op)(_as_channels(x), *options, **kwargs)
+        return rearrange(y, "b (n c) ... -> n b c ...", n=len(x))
+    y = operator(op)(x.flatten(0, 1), *options, **kwargs)
     return y.unflatten(0, x.shape[:2])
 
 
@@ -278,11 +307,15 @@ def _flatten(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0].value.flatten(start + 1 if start >= 0 else start, end + 1 if end >= 0 else end)
 
 
-_SPATIAL = {
-    *("pad.default", "constant_pad_nd.default"),
-    *(op for op, rule in SPATIAL_RULES.items() if rule is pooling and "max" not in op),
-    *(f"max_pool{d}d.default" for d in (1, 2, 3)),  # the others give places as well
+_POOLING = {  # operator -> number of axes that it pools over
+    **{
+        op: int(op[op.index("d.") - 1])
+        for op, rule in SPATIAL_RULES.items()
+        if rule is pooling and "max" not in op
+    },
+    **{f"max_pool{d}d.default": d for d in (1, 2, 3)},  # the others give places as well
 }
+_SPATIAL = {"pad.default", "constant_pad_nd.default", *_POOLING}
 BATCHED: dict[str, Callable[[str, tuple[Lane, ...], dict[str, Any]], Tensor | None]] = {
     **dict.fromkeys(_SPATIAL, _spatial),
     "conv2d.default": _conv2d,

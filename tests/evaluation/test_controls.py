@@ -177,7 +177,7 @@ def test_the_chosen_rate_is_trained_again_on_the_whole_budget(tuned, start, digi
         rows,
         epochs=controls.TUNE_EPOCHS,
         lr=rate,
-    )
+    ).weights
     assert same(weights, expected)
 
 

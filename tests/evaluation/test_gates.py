@@ -62,7 +62,7 @@ def kept(digits_zoo):
     program = digits_zoo.layout.program
     start = init_networks(digits_zoo.network, [10**6])
     rows = [torch.arange(len(targets))]
-    weights = train_networks(program, start, inputs, targets, rows, epochs=40)
+    weights = train_networks(program, start, inputs, targets, rows, epochs=40).weights
     logits = predict(program, weights, digits_zoo.validation[0])
     assert float(accuracy(logits, digits_zoo.validation[1])) > 0.8
     return weights

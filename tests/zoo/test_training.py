@@ -81,7 +81,7 @@ def trained_alone(network, state, images, rows, index, decay):
 def test_networks_trained_side_by_side_equal_each_trained_alone_by_torch(network, decay):
     program, start = start_of(network)
     images = make_images()
-    found = train_networks(program, start, *images, ROWS, weight_decay=decay, **OPTIONS)
+    found = train_networks(program, start, *images, ROWS, weight_decay=decay, **OPTIONS).weights
     expected = stack(
         [
             trained_alone(network, {k: t[i] for k, t in start.items()}, images, ROWS[i], i, decay)
@@ -96,16 +96,16 @@ def test_networks_trained_side_by_side_equal_each_trained_alone_by_torch(network
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_the_size_of_chunks_does_not_matter(network, chunk):
     program, start = start_of(network)
-    expected = train_networks(program, start, *make_images(), ROWS, **OPTIONS)
-    found = train_networks(program, start, *make_images(), ROWS, chunk=chunk, **OPTIONS)
+    expected = train_networks(program, start, *make_images(), ROWS, **OPTIONS).weights
+    found = train_networks(program, start, *make_images(), ROWS, chunk=chunk, **OPTIONS).weights
     assert furthest(found, expected) < 1e-12
 
 
 def test_in_float32_side_by_side_equals_alone_to_rounding(network):
     program, start = start_of(network, torch.float32)
     images = make_images(torch.float32)
-    together = train_networks(program, start, *images, ROWS, **OPTIONS)
-    alone = train_networks(program, start, *images, ROWS, chunk=1, **OPTIONS)
+    together = train_networks(program, start, *images, ROWS, **OPTIONS).weights
+    alone = train_networks(program, start, *images, ROWS, chunk=1, **OPTIONS).weights
     # Sums in another order change gradients by some 1e-6 of their size, and each of at most 8 steps
     # moves a weight by about its rate, 0.03, whatever the size of the gradient.
     assert furthest(together, alone) < 8 * 0.03 * 1e-4
@@ -113,20 +113,20 @@ def test_in_float32_side_by_side_equals_alone_to_rounding(network):
 
 def test_a_network_does_not_depend_on_those_beside_it(network):
     program, start = start_of(network)
-    together = train_networks(program, start, *make_images(), ROWS, **OPTIONS)
-    first = train_networks(program, part(start, 0), *make_images(), ROWS[:1], **OPTIONS)
+    together = train_networks(program, start, *make_images(), ROWS, **OPTIONS).weights
+    first = train_networks(program, part(start, 0), *make_images(), ROWS[:1], **OPTIONS).weights
     assert furthest(first, part(together, 0)) < 1e-12
 
 
 def test_a_network_sees_its_own_rows_alone(network):
     program, start = start_of(network)
     inputs, targets = make_images()
-    expected = train_networks(program, start, inputs, targets, ROWS, **OPTIONS)
+    expected = train_networks(program, start, inputs, targets, ROWS, **OPTIONS).weights
     others = torch.ones(20, dtype=torch.bool)
     others[ROWS[1]] = False
     inputs[others] = torch.rand(int(others.sum()), 1, 6, 6, dtype=torch.float64)
     targets[others] = (targets[others] + 1) % 3
-    found = train_networks(program, start, inputs, targets, ROWS, **OPTIONS)
+    found = train_networks(program, start, inputs, targets, ROWS, **OPTIONS).weights
     assert furthest(part(found, 1), part(expected, 1)) < 1e-12
     assert furthest(part(found, 0), part(expected, 0)) > 1e-4
 
@@ -135,7 +135,7 @@ def test_training_changes_neither_weights_nor_images(network):
     program, start = start_of(network)
     images = make_images()
     before = [t.clone() for t in (*start.values(), *images)]
-    trained = train_networks(program, start, *images, ROWS, **OPTIONS)
+    trained = train_networks(program, start, *images, ROWS, **OPTIONS).weights
     assert all(torch.equal(*pair) for pair in zip(before, (*start.values(), *images), strict=True))
     addresses = {tensor.data_ptr() for tensor in start.values()}
     assert addresses.isdisjoint(tensor.data_ptr() for tensor in trained.values())
@@ -145,7 +145,7 @@ def test_training_changes_neither_weights_nor_images(network):
 def test_the_seed_decides_the_order_of_rows(network):
     program, start = start_of(network)
     one, same, other = (
-        train_networks(program, start, *make_images(), ROWS, **{**OPTIONS, "seed": seed})
+        train_networks(program, start, *make_images(), ROWS, **{**OPTIONS, "seed": seed}).weights
         for seed in (3, 3, 4)
     )
     assert furthest(one, same) == 0
@@ -155,50 +155,70 @@ def test_the_seed_decides_the_order_of_rows(network):
 def test_networks_with_equal_weights_and_rows_meet_them_in_orders_of_their_own(network):
     program, start = start_of(network)
     twins = {key: tensor[[0, 0]] for key, tensor in start.items()}
-    trained = train_networks(program, twins, *make_images(), [ROWS[1]] * 2, **OPTIONS)
+    trained = train_networks(program, twins, *make_images(), [ROWS[1]] * 2, **OPTIONS).weights
     assert furthest(part(trained, 0), part(trained, 1)) > 1e-4
 
 
 def test_no_epochs_give_the_start(network):
     program, start = start_of(network)
-    trained = train_networks(program, start, *make_images(), ROWS, epochs=0)
+    trained = train_networks(program, start, *make_images(), ROWS, epochs=0).weights
     assert furthest(trained, start) == 0
 
 
 def test_progress_counts_networks_that_are_done(network):
     program, start = start_of(network)
     told = []
-    train_networks(program, start, *make_images(), ROWS, chunk=2, progress=told.append, **OPTIONS)
+    train_networks(
+        program, start, *make_images(), ROWS, chunk=2, progress=told.append, **OPTIONS
+    ).weights
     assert told == [2, 3]
 
 
-def test_buffers_are_kept_and_normalisation_is_trained():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    start = stack([model.eval().state_dict()] * 2)
-    start["2.running_mean"] += 1
-    inputs, targets = make_images(torch.float32)
-    trained = train_networks(
-        trace(model, inputs), start, inputs, targets, [torch.arange(20)] * 2, epochs=1
-    )
-    for key in start:
-        kept = key.startswith(("2.running", "2.num_batches"))
-        assert torch.equal(trained[key], start[key]) is kept, key
+def test_batch_normalisation_is_trained_as_a_module_in_training_mode_is():
+    def network():
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Flatten(),
+            nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, 3),
+        )  # fmt: skip
+
+    inputs, targets = make_images()
+    program = trace(network().double().eval(), inputs)
+    start = {
+        k: t.double() if t.is_floating_point() else t
+        for k, t in init_networks(network, [1, 2]).items()
+    }
+    found = train_networks(program, start, inputs, targets, ROWS[:2], **OPTIONS).weights
+    for index in range(2):
+        state = {key: tensor[index] for key, tensor in start.items()}
+        expected = trained_alone(network, state, (inputs, targets), ROWS[index], index, 0.0)
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key][index], tensor, atol=1e-7), key
+        assert not torch.equal(expected["1.running_mean"], state["1.running_mean"])
+        assert found["5.num_batches_tracked"][index] == ceil(2.5 * len(ROWS[index]) / 4)
+
+
+def test_frozen_tensors_keep_their_values():
+    program, start = start_of(NETWORKS["linear layers"])
+    key = next(iter(start))
+    trained = train_networks(program, start, *make_images(), ROWS, frozen=[key], **OPTIONS).weights
+    kept = [name for name in start if torch.equal(trained[name], start[name])]
+    assert kept == [key]
 
 
 def test_targets_may_be_probabilities_common_to_all_or_of_each_network(network):
     program, start = start_of(network)
     inputs, targets = make_images()
     sharp = F.one_hot(targets, 3).double()
-    expected = train_networks(program, start, inputs, targets, ROWS, **OPTIONS)
+    expected = train_networks(program, start, inputs, targets, ROWS, **OPTIONS).weights
     options = {**OPTIONS, "loss": distillation, "chunk": 2}  # chunks must pick their targets
-    common = train_networks(program, start, inputs, sharp, ROWS, **options)
+    common = train_networks(program, start, inputs, sharp, ROWS, **options).weights
     assert furthest(common, expected) < 1e-9
     own = torch.stack([sharp, sharp.roll(1, -1), sharp.roll(2, -1)])
-    each = train_networks(program, start, inputs, own, ROWS, **options)
+    each = train_networks(program, start, inputs, own, ROWS, **options).weights
     assert furthest(part(each, 0), part(expected, 0)) < 1e-9
     for index in (1, 2):
         turned = (targets + index) % 3
-        labelled = train_networks(program, start, inputs, turned, ROWS, **OPTIONS)
+        labelled = train_networks(program, start, inputs, turned, ROWS, **OPTIONS).weights
         assert furthest(part(each, index), part(labelled, index)) < 1e-9
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.benchmarks.architectures.sample import Sample, noise, sample, seeded, tokens
+from zoo.architectures import Residual, resnet20
 
 
 def _conv(channels: int, width: int, norm: Callable[[int], nn.Module], **options) -> nn.Sequential:
@@ -121,37 +122,12 @@ class _GatedMLP(nn.Module):
 # Residuals, concatenations and skips
 
 
-class _Residual(nn.Module):
-    """Two convolutions and a shortcut; a 1x1 convolution projects it where the width changes."""
-
-    def __init__(
-        self, channels: int, width: int, stride: int, groups: int, norm: Callable[[int], nn.Module]
-    ):
-        super().__init__()
-        self.body = nn.Sequential(
-            _conv(channels, width, norm, stride=stride),
-            nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False),
-            norm(width),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if channels != width:
-            project = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(project, norm(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def _resnet20(norm: Callable[[int], nn.Module], groups: int = 1) -> nn.Module:
-    layers: list[nn.Module] = [_conv(3, 8, norm)]
-    for stage, (channels, width) in enumerate(((8, 8), (8, 16), (16, 32))):
-        layers.append(_Residual(channels, width, 2 if stage else 1, groups, norm))
-        layers += [_Residual(width, width, 1, groups, norm) for _ in range(2)]
-    return nn.Sequential(*layers, *_pooled(32))
+def _resnet20(norm: str) -> nn.Module:
+    return resnet20((3, 16, 16), 5, widths=(8, 16, 32), norm=norm)
 
 
 def _resnext() -> nn.Module:
-    grouped = [_Residual(6, 16, 1, 4, nn.BatchNorm2d), _Residual(16, 16, 1, 4, nn.BatchNorm2d)]
+    grouped = [Residual(c, 16, nn.BatchNorm2d, groups=4) for c in (6, 16)]
     return nn.Sequential(_conv(3, 6, nn.BatchNorm2d), *grouped, *_pooled(16))
 
 
@@ -433,8 +409,8 @@ OWN: dict[str, Callable[[], Sample]] = {
         ("video_net", _video_net, noise((2, 3, 4, 8, 8))),
         ("autoencoder", _autoencoder, noise(_IMAGE)),
         ("super_resolution", _super_resolution, noise(_IMAGE)),
-        ("resnet20", partial(_resnet20, nn.BatchNorm2d), noise(_IMAGE)),
-        ("resnet20_layer_norm", partial(_resnet20, partial(nn.GroupNorm, 1)), noise(_IMAGE)),
+        ("resnet20", partial(_resnet20, "batch"), noise(_IMAGE)),
+        ("resnet20_layer_norm", partial(_resnet20, "layer"), noise(_IMAGE)),
         ("resnext", _resnext, noise(_IMAGE)),
         ("densenet", _densenet, noise(_IMAGE)),
         ("unet", _UNet, noise(_IMAGE)),
@@ -466,7 +442,7 @@ def resnet18() -> Sample:
         layers: list[nn.Module] = [*stem, nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
         for channels, width in ((64, 64), (64, 128), (128, 256), (256, 512)):
             stride = 1 if channels == width else 2
-            layers.append(_Residual(channels, width, stride, 1, nn.BatchNorm2d))
-            layers.append(_Residual(width, width, 1, 1, nn.BatchNorm2d))
+            layers.append(Residual(channels, width, nn.BatchNorm2d, stride=stride))
+            layers.append(Residual(width, width, nn.BatchNorm2d))
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)]
         return nn.Sequential(*layers, *head).eval(), (torch.randn(2, 3, 64, 64),)

@@ -4,17 +4,14 @@ import os
 import struct
 from dataclasses import replace
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import sklearn.datasets
-import torch
 
-import zoo.tasks
-from metamerge.errors import ConfigError, ZooError
+from metamerge.errors import ZooError
 from zoo.parts import PARTS, split_task
-from zoo.tasks import TASKS, Task, load_task
+from zoo.tasks import idx, load_task
 
 STEMS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -40,102 +37,7 @@ def write_idx_folder(folder, arrays=None, names="{}-ubyte", pack=lambda content:
     return folder
 
 
-def small_task(rows=40, classes=4, test_rows=None):
-    inputs = torch.linspace(0, 1, rows).reshape(rows, 1, 1, 1)
-    return Task("small", inputs, torch.arange(rows) % classes, classes, test_rows)
-
-
-@pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """Hide every usual place of data sets and the network."""
-    monkeypatch.chdir(tmp_path)
-    for name, source in zoo.tasks._SOURCES.items():
-        monkeypatch.delenv(source.variable, raising=False)
-        monkeypatch.setitem(zoo.tasks._SOURCES, name, replace(source, system=None))
-
-    def fail(*args, **kwargs):
-        raise URLError("no network here")
-
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fail)
-    return tmp_path
-
-
-# ---------------------------------------------------------------------------- tasks
-
-
-def test_digits_are_scikit_learns_images_over_sixteen():
-    task = load_task("digits")
-    original = sklearn.datasets.load_digits()
-    assert task.inputs.shape == (1797, 1, 8, 8)
-    assert task.inputs.dtype == torch.float32
-    np.testing.assert_array_equal(task.inputs[:, 0].numpy() * 16, original.images)
-    np.testing.assert_array_equal(task.targets.numpy(), original.target)
-    assert (task.classes, task.test_rows) == (10, None)
-
-
-def test_an_unknown_task_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"'fashion_mnist', did you mean 'fashion-mnist'\?"):
-        load_task("fashion_mnist")
-    with pytest.raises(ConfigError, match=", ".join(TASKS)):
-        load_task("imagenet")
-
-
-def test_a_folder_for_digits_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="reads no folder"):
-        load_task("digits", tmp_path)
-
-
-def test_digest_is_the_hash_of_inputs_and_targets():
-    task = small_task()
-    content = task.inputs.numpy().tobytes() + task.targets.numpy().tobytes()
-    assert task.digest == hashlib.sha256(content).hexdigest()
-
-
-def test_digest_sees_one_pixel_and_one_label():
-    task = small_task()
-    inputs, targets = task.inputs.clone(), task.targets.clone()
-    inputs[3] = 0
-    targets[3] = 0
-    digests = {
-        task.digest,
-        replace(task, inputs=inputs).digest,
-        replace(task, targets=targets).digest,
-    }
-    assert len(digests) == 3
-
-
-def test_digest_does_not_depend_on_the_memory_layout():
-    task = load_task("digits")
-    other = replace(
-        task, inputs=task.inputs.to(memory_format=torch.channels_last).mT.contiguous().mT
-    )
-    assert not other.inputs.is_contiguous()
-    assert other.digest == task.digest
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"inputs": torch.zeros(40, 1, 1, 1, dtype=torch.float64)}, "inputs must be float32"),
-        ({"inputs": torch.zeros(40, 1)}, "inputs must be float32"),
-        ({"inputs": torch.full((40, 1, 1, 1), 255.0)}, r"must lie in \[0, 1\], got 255 to 255"),
-        ({"inputs": torch.full((40, 1, 1, 1), torch.nan)}, "got nan"),
-        ({"inputs": torch.zeros(40, 1, 0, 1)}, "no images"),
-        ({"targets": torch.zeros(39, dtype=torch.int64)}, r"targets must be int64 \[40\]"),
-        ({"targets": torch.zeros(40)}, r"targets must be int64 \[40\]"),
-        ({"targets": torch.full((40,), 4)}, r"must lie in \[0, 4\), got 4 to 4"),
-        ({"targets": torch.full((40,), -1)}, "got -1 to -1"),
-        ({"test_rows": range(30, 41)}, "do not lie within 40 rows"),
-        ({"test_rows": range(30, 30)}, "do not lie within 40 rows"),
-        ({"test_rows": range(0, 40, 2)}, "do not lie within 40 rows"),
-    ],
-)
-def test_a_task_that_contradicts_itself_is_refused(change, message):
-    with pytest.raises(ZooError, match=message):
-        replace(small_task(), **change)
-
-
-# ---------------------------------------------------------------------------- IDX files
+# ---------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(
@@ -248,8 +150,8 @@ def test_folder_then_variable_then_data_then_package_are_looked_at(nowhere, monk
     def found(folder=None):
         return load_task("fashion-mnist", folder).test_rows.start
 
-    source = replace(zoo.tasks._SOURCES["fashion-mnist"], system=nowhere / "package")
-    monkeypatch.setitem(zoo.tasks._SOURCES, "fashion-mnist", source)
+    source = replace(idx.SOURCES["fashion-mnist"], system=nowhere / "package")
+    monkeypatch.setitem(idx.SOURCES, "fashion-mnist", source)
     assert found() == rows["data/fashion-mnist"]
     monkeypatch.setenv("METAMERGE_FASHION_MNIST", str(nowhere / "variable"))
     assert found() == rows["variable"]
@@ -291,8 +193,8 @@ def test_openml_is_asked_once_and_kept_as_idx_files(nowhere, monkeypatch):
         return fake_openml(labels)
 
     official = hashlib.sha256(labels).hexdigest()
-    source = replace(zoo.tasks._SOURCES["mnist"], labels=official)
-    monkeypatch.setitem(zoo.tasks._SOURCES, "mnist", source)
+    source = replace(idx.SOURCES["mnist"], labels=official)
+    monkeypatch.setitem(idx.SOURCES, "mnist", source)
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch)
     first, second = load_task("mnist"), load_task("mnist")
     assert calls == ["mnist_784"]
@@ -337,7 +239,7 @@ def real_folder(variable):
     ],
 )
 def test_the_official_files_are_read_and_split(name, test_counts, first_targets):
-    source = zoo.tasks._SOURCES[name]
+    source = idx.SOURCES[name]
     task = load_task(name, real_folder(source.variable))
     assert task.inputs.shape == (70_000, 1, 28, 28)
     assert task.inputs.max() == 1
