@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console

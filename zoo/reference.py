@@ -1,5 +1,7 @@
 """What segments may be cut by: features of rows, some of them told by a reference network."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,7 @@ def _hidden(options: ZooOptions, split: TaskSplit) -> Tensor:
 def _trained(options: ZooOptions, split: TaskSplit, rows: list[Tensor]) -> tuple[Program, Weights]:
     """Reference networks, one per set of rows: the zoo's architecture with its options."""
     task = split.task
-    network = factory_for(options, task)
+    network = factory_for(replace(options, classes_per_family=0), task)  # it knows all of them
     program = architectures.program_of(network(), task.inputs.shape[1:])
     trained = train_networks(
         program,

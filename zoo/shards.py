@@ -123,11 +123,9 @@ def _trained_together(
     members: int,
     common: dict,
 ) -> Weights:
-    """What a family learns before its members part: one network on all of their rows.
-
-    Paper: Frankle, Dziugaite, Roy and Carbin, "Linear Mode Connectivity and the Lottery Ticket
-    Hypothesis", ICML 2020, arXiv:1912.05671; here the learning rate falls in both stretches.
-    """
+    """What a family learns before its members part: one network on all of their rows."""
+    # Frankle, Dziugaite, Roy and Carbin, "Linear Mode Connectivity and the Lottery Ticket
+    # Hypothesis", ICML 2020, arXiv:1912.05671; here the learning rate falls in both stretches.
     firsts = range(0, len(rows), members)
     union = [torch.cat(rows[i : i + members]) for i in firsts]
     lengths = torch.tensor([len(own) for own in union])
@@ -140,7 +138,7 @@ def _trained_together(
         lr=drawn.hyper["lr"][::members],
         weight_decay=drawn.hyper["weight_decay"][::members],
         seed=[drawn.order_seeds[i] + 1 for i in firsts],
-        transform=_transform(options, drawn, 1, every=members),
+        transform=_transform(options, drawn, 1, every=members),  # a family is one network
         **common,
     )
     return {key: t.repeat_interleave(members, 0) for key, t in trained.weights.items()}
@@ -149,10 +147,7 @@ def _trained_together(
 def _transform(
     options: ZooOptions, drawn: Drawn, members: int, *, every: int = 1
 ) -> Transform | None:
-    """What members see of rows: their family's variant of the task, augmented or not.
-
-    ``every`` picks one member of each family, where families are trained as one network.
-    """
+    """What members see of rows: their family's variant of the task, augmented or not."""
     augmentation = Augmentation.parse(options.augment)
     augmented, seeds = drawn.augmented[::every], drawn.order_seeds[::every]
     if not augmented.any() and not drawn.variants:
