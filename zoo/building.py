@@ -34,7 +34,7 @@ class Building:
     """
 
     def __init__(self, target: Path, digest: str) -> None:
-        self.target = target
+        self.target, self.digest = target, digest
         self.folder = target.with_name(f".{target.name}.{digest}.building")
 
     def open(self) -> dict[str, dict[str, Any]]:

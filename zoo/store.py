@@ -65,7 +65,16 @@ class Zoo:
 
     @cached_property
     def layout(self) -> Layout:
-        """Weight graph of its networks, discovered and proved anew."""
+        """Weight graph of its networks, discovered and proved anew.
+
+        Raises:
+            ZooError: If nobody told which architecture they have.
+        """
+        if self.manifest["program"] is None:
+            raise ZooError(
+                f"{self.folder}: the architecture of these networks is not known. Adopt them anew "
+                "with --architecture, --shape and --outputs, or pass model= to merge()."
+            )
         program = Program.from_json(self.manifest["program"])
         return Layout(program, discover_program(program))
 

@@ -48,11 +48,12 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise Unreadable(
             f"{display(path)}: cannot be opened ({reason}). Check the path and its permissions."
         ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable(
+            f"{display(path)}: is a folder, pipe or device, not a file. Give a regular file."
+        )
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Unreadable(
-                f"{display(path)}: is a folder, pipe or device, not a file. Give a regular file."
-            )
         try:
             yield file
         except OSError as error:
