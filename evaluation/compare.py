@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from evaluation import controls
 from evaluation.gates import collapse_gates, forgotten_class_recall
-from evaluation.metrics import accuracy
+from evaluation.metrics import accuracy, common_task
 from evaluation.plots import leaderboard_figure
 from evaluation.report import MERGER, Scored, differences, print_leaderboard, write_leaderboard
 from evaluation.tracking import track
@@ -31,7 +31,7 @@ from metamerge.checkpoints import Checkpoint
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import GNNMerger, load_merger, read_card
 from metamerge.weights import Weights, stack, unstack
-from zoo.build import build_with_progress, split_of
+from zoo.build import build_with_progress
 from zoo.options import parse
 from zoo.parts import TaskSplit
 from zoo.recipe import factory_for, options_from
@@ -239,7 +239,7 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
         raise ConfigError(
             f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}."
         )
-    split = split_of(zoo)
+    split = common_task(zoo)
     with track(
         f"compare {zoo.manifest['task']['name']}",
         options={**asdict(options), "zoo_digest": zoo.digest},

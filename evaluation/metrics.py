@@ -2,9 +2,41 @@
 
 from torch import Tensor
 
+from metamerge.errors import ConfigError
 from metamerge.structure import Program
 from metamerge.weights import Weights
+from zoo.build import split_of
+from zoo.parts import TaskSplit
+from zoo.recipe import options_from
+from zoo.store import Zoo
 from zoo.training import predict
+
+VARIANTS = ("relabel", "classes_per_family", "permute_pixels", "flip_families")
+
+
+def common_task(zoo: Zoo) -> TaskSplit:
+    """The classification that all families of a zoo know alike, cut into its parts.
+
+    Args:
+        zoo: The zoo.
+
+    Returns:
+        The split.
+
+    Raises:
+        ConfigError: If the zoo is one of regressions, or of families with variants of their own.
+        ZooError: If the task's data are not those that the zoo was built on, or nobody knows them.
+    """
+    split, options = split_of(zoo), options_from(zoo.options)
+    own = [name for name in VARIANTS if getattr(options, name)]
+    if split.task.regression or own:
+        what = "numbers, not classes" if split.task.regression else f"variants ({', '.join(own)})"
+        raise ConfigError(
+            f"{zoo.folder}: its members predict {what}. Mergers are trained and compared here on "
+            "one classification that all families share: build a zoo of one. merge() and "
+            "`python -m zoo.show` take this one."
+        )
+    return split
 
 
 def family_logits(program: Program, families: Weights, inputs: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from evaluation.gates import collapse_gates
-from evaluation.metrics import accuracy
+from evaluation.metrics import accuracy, common_task
 from evaluation.tracking import track
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import (
@@ -38,7 +38,7 @@ from metamerge.mergers import (
 from metamerge.structure import Layout, run
 from trainers.families import Families, load_families
 from trainers.resume import load_state, optimizer_tensors, restore_optimizer, save_state
-from zoo.build import build_with_progress, split_of
+from zoo.build import build_with_progress
 from zoo.options import parse
 from zoo.parts import TaskSplit
 from zoo.recipe import ZooOptions
@@ -202,7 +202,7 @@ def train(options: MergerOptions, accelerator: Accelerator) -> None:
     console = Console(quiet=not accelerator.is_main_process)
     with accelerator.main_process_first():
         zoo = load_zoo(options.zoo) if options.zoo else build_with_progress(ZooOptions(), console)
-    split, layout = split_of(zoo), zoo.layout
+    split, layout = common_task(zoo), zoo.layout
     objective = options.objective()
     with split.training():
         images = on(accelerator, split.images("objective"))

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 
 from evaluation import controls
+from evaluation.metrics import common_task
 from metamerge import merge
 from metamerge.mergers import load_merger, read_card
-from zoo.build import build, split_of
+from zoo.build import build
 from zoo.options import parse
 from zoo.recipe import options_from
 
@@ -35,7 +36,7 @@ def main() -> None:
     options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.merge_latency")
     console = Console()
     zoo = build(options_from(read_card(options.merger)["zoo"]["options"]))
-    merger, split = load_merger(options.merger), split_of(zoo)
+    merger, split = load_merger(options.merger), common_task(zoo)
     budget = controls.Budget(split.images("objective"), split.images("validation"))
     seconds = {}
     for members in zoo.sizes:
