@@ -42,7 +42,7 @@ from metamerge.structure import (
     trace,
 )
 from metamerge.weights import stack
-from zoo.store import write_zoo
+from zoo.building import Building
 
 # A mean of K equal float32 numbers is off by at most K roundings of 2**-24, relative; sums in
 # another order by as many roundings of the largest partial sum.
@@ -120,11 +120,15 @@ def zoo(tmp_path):
     """A zoo of two families of two, untrained."""
     nets = [weights_of(seed) for seed in range(4)]
     families = {key: t.unflatten(0, (2, 2)) for key, t in stack(nets).items()}
+    records = {"init_seed": torch.arange(4).reshape(2, 2), "segment": torch.zeros(2, 2, 1).int()}
+    building = Building(tmp_path / "zoo", "0")
+    building.open()
+    building.add("a", {"weights": families, "records": records}, members=2)
+    shards = list(building.shards().values())
+    group = {"part": "test", "members": 2, "families": 2, "shards": shards}
     program = trace(network(), torch.zeros(2, 6)).to_json()
-    manifest = {"digest": "0", "options": {}, "task": {}, "program": program}
-    origin = [[{"init_seed": 2 * f + m} for m in range(2)] for f in range(2)]
-    rows = {"test-k2": torch.zeros(2, 2, 1)}
-    return write_zoo(tmp_path / "zoo", {"test-k2": (families, origin)}, rows, manifest)
+    manifest = {"digest": "0", "options": {}, "task": {}, "program": program, "source": None}
+    return building.finish({"test-k2": group}, manifest)
 
 
 @pytest.fixture(scope="module")

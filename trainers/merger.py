@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -200,8 +200,10 @@ def main() -> None:
 def train(options: MergerOptions, accelerator: Accelerator) -> None:
     """The whole training: data, merger, loop, gates, files."""
     console = Console(quiet=not accelerator.is_main_process)
-    with accelerator.main_process_first():
-        zoo = load_zoo(options.zoo) if options.zoo else build_with_progress(ZooOptions(), console)
+    if options.zoo:
+        zoo = load_zoo(options.zoo)
+    else:
+        zoo = build_with_progress(ZooOptions(), console, PartialState())  # all processes take part
     split, layout = common_task(zoo), zoo.layout
     objective = options.objective()
     with split.training():

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -315,7 +316,7 @@ def build_with_progress(
 def main() -> None:
     """Entry point of ``python -m zoo.build``."""
     options = parse(ZooOptions, prog="python -m zoo.build")
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     try:
         build_with_progress(options, Console(quiet=not state.is_main_process), state)
     except MetaMergeError as error:

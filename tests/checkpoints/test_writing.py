@@ -135,7 +135,9 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("place", ["", "a", "deep/er"])
 def test_writing_into_a_zoo_is_refused(tmp_path, place):
-    (tmp_path / "manifest.json").write_text('{"format": "metamerge-zoo-1", "files": {}}')
+    (tmp_path / "manifest.json").write_text(
+        '{"format": "metamerge-zoo-2", "files": {}, "groups": {}}'
+    )
     with pytest.raises(ConfigError, match="zoo"):
         save_checkpoint(ones(), tmp_path / place, overwrite=True)
     assert os.listdir(tmp_path) == ["manifest.json"]

@@ -1,6 +1,8 @@
 """Batched training beside a loop over modules and torch's own AdamW."""
 
+from copy import deepcopy
 from math import ceil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,28 +52,70 @@ def part(weights, index):
     return {key: tensor[index : index + 1] for key, tensor in weights.items()}
 
 
-def order_of(rows, index, steps, *, batch_size, seed):
+def one(weights, index):
+    return {key: tensor[index] for key, tensor in weights.items()}
+
+
+def order_of(rows, seed, steps, batch_size):
     """Rows of one network, batch by batch: every pass shuffled anew by the network's own seed."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    generator = torch.Generator().manual_seed(seed)
     passes = ceil(steps * batch_size / len(rows))
     shuffled = torch.rand(passes, len(rows), generator=generator).argsort(1)
     return rows[shuffled].flatten()[: steps * batch_size].split(batch_size)
 
 
-def trained_alone(network, state, images, rows, index, decay):
-    """One module, torch.optim.AdamW, and a rate that falls to zero."""
+def own_seed(index, seed=3):
+    """Seed of one network where a training has one for all."""
+    return seed * 1_000_003 + index
+
+
+def trained_alone(
+    network, state, images, rows, *, seed, epochs=2.5, lr=0.03, decay=0.0, batch_size=4,
+    held_back=None, patience=0, loss=F.cross_entropy,
+):  # fmt: skip
+    """One module in training mode, torch.optim.AdamW, and a rate that falls to zero.
+
+    ``trail`` has the weights after every number of steps, ``losses`` and ``held_back`` a mean per
+    epoch; an epoch ends with the step after which as many rows were met as there are.
+    """
     model = network().double()
     model.load_state_dict(state)
     inputs, targets = images
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=decay)
-    steps = ceil(2.5 * len(rows) / 4)
-    batches = order_of(rows, index, steps, batch_size=4, seed=3)
-    for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=decay
+    )
+    steps = ceil(epochs * len(rows) / batch_size)
+    found = SimpleNamespace(trail=[deepcopy(model.state_dict())], losses={}, held_back={}, best=0)
+    smallest, epochs_since = torch.inf, 0
+    for step, batch in enumerate(order_of(rows, seed, steps, batch_size)):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs[batch]), targets[batch]).backward()
+        value = loss(model.train()(inputs[batch]), targets[batch])
+        value.backward()
         optimizer.step()
-    return model.state_dict()
+        found.trail.append(deepcopy(model.state_dict()))
+        epoch, after = (met * batch_size // len(rows) for met in (step, step + 1))
+        found.losses.setdefault(epoch, []).append(float(value))
+        if held_back is None or (after == epoch and step + 1 < steps):
+            continue
+        with torch.no_grad():
+            judged = float(loss(model.eval()(inputs[held_back]), targets[held_back]))
+        found.held_back[epoch] = judged
+        epochs_since = 0 if judged < smallest else epochs_since + 1
+        if judged < smallest:
+            smallest, found.best = judged, step + 1
+        if patience and epochs_since == patience:
+            break
+    found.made = len(found.trail) - 1
+    found.steps = found.best if patience else found.made
+    found.weights = found.trail[found.steps]
+    found.losses = {epoch: sum(values) / len(values) for epoch, values in found.losses.items()}
+    return found
+
+
+def curve(values, length):
+    """Values by epoch as a training has them: NaN where there is none."""
+    return torch.tensor([values.get(epoch, torch.nan) for epoch in range(length)])
 
 
 # ---------------------------------------------------------------------------- training
@@ -82,12 +126,11 @@ def test_networks_trained_side_by_side_equal_each_trained_alone_by_torch(network
     program, start = start_of(network)
     images = make_images()
     found = train_networks(program, start, *images, ROWS, weight_decay=decay, **OPTIONS).weights
-    expected = stack(
-        [
-            trained_alone(network, {k: t[i] for k, t in start.items()}, images, ROWS[i], i, decay)
-            for i in range(3)
-        ]
-    )
+    alone = [
+        trained_alone(network, one(start, i), images, ROWS[i], seed=own_seed(i), decay=decay)
+        for i in range(3)
+    ]
+    expected = stack([own.weights for own in alone])
     assert furthest(expected, start) > 0.05
     # All in float64 but the rate: 6e-8 of at most 8 steps of 0.03.
     assert furthest(found, expected) < 1e-7
@@ -189,8 +232,10 @@ def test_batch_normalisation_is_trained_as_a_module_in_training_mode_is():
     }
     found = train_networks(program, start, inputs, targets, ROWS[:2], **OPTIONS).weights
     for index in range(2):
-        state = {key: tensor[index] for key, tensor in start.items()}
-        expected = trained_alone(network, state, (inputs, targets), ROWS[index], index, 0.0)
+        state = one(start, index)
+        expected = trained_alone(
+            network, state, (inputs, targets), ROWS[index], seed=own_seed(index)
+        ).weights
         for key, tensor in expected.items():
             assert torch.allclose(found[key][index], tensor, atol=1e-7), key
         assert not torch.equal(expected["1.running_mean"], state["1.running_mean"])
