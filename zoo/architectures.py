@@ -231,12 +231,18 @@ def check(network: nn.Module, shape: Sequence[int], outputs: int, name: str) -> 
         name: Of its architecture, for messages.
 
     Raises:
-        ConfigError: If it is random in training mode, or its outputs have another shape.
+        ConfigError: If it does not take the inputs, is random in training mode, or its outputs
+            have another shape.
     """
     inputs = torch.rand(4, *shape)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         network.train()
-        first, second = network(inputs), network(inputs)
+        try:
+            first, second = network(inputs), network(inputs)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ConfigError(
+                f"Architecture {name!r} does not take inputs of shape {tuple(shape)}: {error}"
+            ) from error
         network.eval()
     if not isinstance(first, Tensor) or first.shape != (4, outputs):
         got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__

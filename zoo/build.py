@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from metamerge.errors import ConfigError, MetaMergeError, ZooError
 from metamerge.structure import Program
 from zoo import architectures
+from zoo.augmentation import Augmentation
 from zoo.building import Building, check_place, locked
 from zoo.files import is_whole
 from zoo.options import parse
@@ -192,6 +193,12 @@ def _program(options: ZooOptions, split: TaskSplit) -> Program:
         raise ConfigError(
             f"classes_per_family: got {options.classes_per_family}, {task.name!r} has "
             f"{task.classes} classes."
+        )
+    mirrored = Augmentation.parse(options.augment)
+    if len(shape) == 1 and (mirrored.flip or mirrored.shift or options.flip_families):
+        raise ConfigError(
+            f"augment, flip_families: {task.name!r} is a table, whose columns have no neighbours. "
+            "Tables take noise."
         )
     network = factory_for(options, task)
     outputs = options.classes_per_family or task.outputs

@@ -144,7 +144,13 @@ def _segments(
     cut = SPLITS[options.split]
     asked = {name: known[name] for name in inspect.signature(cut).parameters if name in known}
     targets = split.task.targets
-    segments = cut(targets, rows, members, generator=generator, **asked)
+    try:
+        segments = cut(targets, rows, members, generator=generator, **asked)
+    except ZooError as error:
+        raise ZooError(
+            f"{error} Families of {split.task.name!r} are cut from {len(rows)} rows, once test "
+            "rows and those of --objective are set aside."
+        ) from error
     validate(segments, rows, disjoint=options.split not in SHARING)
     return segments
 

@@ -33,7 +33,10 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, *, prog: 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
-        prog=prog, description=inspect.getdoc(kind), allow_abbrev=False
+        prog=prog,
+        usage=f"{prog} [--option value ...]",
+        description=inspect.getdoc(kind),
+        allow_abbrev=False,
     )
     hints, comments = get_type_hints(kind), _comments(kind)
     for field in fields(kind):

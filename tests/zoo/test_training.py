@@ -12,7 +12,15 @@ from torch.func import functional_call
 
 from metamerge.structure import trace
 from metamerge.weights import stack
-from zoo.training import cross_entropy, distillation, init_networks, predict, train_networks
+from zoo import architectures
+from zoo.training import (
+    cross_entropy,
+    distillation,
+    init_networks,
+    predict,
+    squared_error,
+    train_networks,
+)
 
 ROWS = [torch.arange(7), torch.arange(5, 17), torch.tensor([3, 19, 8, 8, 2])]
 OPTIONS = {"epochs": 2.5, "batch_size": 4, "lr": 0.03, "seed": 3}
@@ -38,9 +46,9 @@ def network(request):
 
 
 def start_of(network, dtype=torch.float64):
-    model = network().to(dtype)
-    program = trace(model, make_images(dtype)[0])
-    return program, {k: t.to(dtype) for k, t in init_networks(network, [1, 2, 3]).items()}
+    program = trace(network().to(dtype).eval(), make_images(dtype)[0])
+    start = init_networks(network, [1, 2, 3])
+    return program, {k: t.to(dtype) if t.is_floating_point() else t for k, t in start.items()}
 
 
 def furthest(found, expected):
@@ -95,7 +103,7 @@ def trained_alone(
         optimizer.step()
         found.trail.append(deepcopy(model.state_dict()))
         epoch, after = (met * batch_size // len(rows) for met in (step, step + 1))
-        found.losses.setdefault(epoch, []).append(float(value))
+        found.losses.setdefault(epoch, []).append(value.item())
         if held_back is None or (after == epoch and step + 1 < steps):
             continue
         with torch.no_grad():
@@ -211,9 +219,7 @@ def test_no_epochs_give_the_start(network):
 def test_progress_counts_networks_that_are_done(network):
     program, start = start_of(network)
     told = []
-    train_networks(
-        program, start, *make_images(), ROWS, chunk=2, progress=told.append, **OPTIONS
-    ).weights
+    train_networks(program, start, *make_images(), ROWS, chunk=2, progress=told.append, **OPTIONS)
     assert told == [2, 3]
 
 
@@ -276,6 +282,458 @@ def test_trained_members_know_their_segments_and_little_else(digits_zoo):
     assert right[:, digits_zoo.split.rows("validation")].float().mean() < 0.7
 
 
+# ---------------------------------------------------------------------------- each its own way
+
+MORE = NETWORKS | {
+    "batch normalisation": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    ),
+    # 8,800 parameters: where rates differ, every network has a call of the optimizer of its own
+    "large layers": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 220), nn.ReLU(), nn.Linear(220, 3)
+    ),
+}
+OWN = {
+    "epochs": torch.tensor([14.0, 9.5, 12.0]),
+    "lr": torch.tensor([0.02, 0.005, 0.01]),
+    "weight_decay": torch.tensor([0.0, 0.5, 0.1]),
+}
+SEEDS = [11, 5, 2**60]
+HELD_BACK = [torch.arange(12, 17), torch.arange(4), torch.tensor([0, 1, 5, 6, 7, 9, 10])]
+PATIENT = {"held_back": HELD_BACK, "patience": 2}
+
+
+@pytest.fixture(scope="module", params=MORE)
+def another(request):
+    network = MORE[request.param]
+    return network, *start_of(network)
+
+
+def own_options(index):
+    return {
+        "epochs": float(OWN["epochs"][index]),
+        "lr": float(OWN["lr"][index]),
+        "decay": float(OWN["weight_decay"][index]),
+        "seed": SEEDS[index],
+    }
+
+
+def each_alone(network, start, **changes):
+    """The three networks trained by torch, one after the other."""
+    held_back = changes.pop("held_back", [None] * 3)
+    return [
+        trained_alone(
+            network, one(start, i), make_images(), ROWS[i],
+            held_back=held_back[i], **own_options(i), **changes,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+
+
+def assert_as_alone(found, alone):
+    """Weights to 1e-6: rates are rounded to 6e-8 of them, in up to 42 steps that build on others.
+
+    Losses and curves are told in float32.
+    """
+    assert furthest(found.weights, stack([own.weights for own in alone])) < 1e-6
+    assert found.steps.tolist() == [own.steps for own in alone]
+    for name in ("losses", "held_back"):
+        told = getattr(found, name)
+        expected = torch.stack([curve(getattr(own, name), told.shape[1]) for own in alone])
+        torch.testing.assert_close(told, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_epochs_rates_decays_and_seeds_of_their_own_give_what_each_gives_alone(another):
+    network, program, start = another
+    found = train_networks(program, start, *make_images(), ROWS, batch_size=4, seed=SEEDS, **OWN)
+    alone = each_alone(network, start)
+    assert_as_alone(found, alone)
+    assert found.losses.isnan().sum(1).tolist() == [0, 4, 2]  # epochs after their last
+    assert found.held_back.isnan().all()
+    assert found.snapshots == {}
+
+
+def test_one_number_is_that_number_for_every_network(another):
+    _, program, start = another
+    common = {"epochs": 2.5, "lr": 0.03, "weight_decay": 0.2}
+    same = {name: torch.full((3,), value) for name, value in common.items()}
+    found, expected = (
+        train_networks(program, start, *make_images(), ROWS, batch_size=4, **options)
+        for options in (same, common)
+    )
+    assert furthest(found.weights, expected.weights) < 1e-6  # 0.03 in float32 is another number
+
+
+def test_networks_without_epochs_stay_at_their_start_beside_others():
+    program, start = start_of(NETWORKS["linear layers"])
+    found = train_networks(
+        program, start, *make_images(), ROWS,
+        epochs=torch.tensor([2.0, 0.0, 3.0]), snapshots=2, **PATIENT,
+    )  # fmt: skip
+    assert furthest(part(found.weights, 1), part(start, 1)) == 0
+    assert furthest(part(found.weights, 0), part(start, 0)) > 0
+    assert found.steps[1] == 0
+    assert found.losses[1].isnan().all()
+    assert found.held_back[1].isnan().all()
+    assert all(torch.equal(t[1, 1], start[key][1]) for key, t in found.snapshots.items())
+
+
+def test_equal_seeds_weights_and_rows_give_equal_networks(another):
+    _, program, start = another
+    twins = {key: tensor[[0, 0, 0]] for key, tensor in start.items()}
+    trained = train_networks(
+        program, twins, *make_images(), [ROWS[1]] * 3, epochs=2, batch_size=4, seed=[7, 8, 7]
+    ).weights
+    assert furthest(part(trained, 0), part(trained, 2)) < 1e-12
+    assert furthest(part(trained, 0), part(trained, 1)) > 1e-4
+
+
+def test_one_seed_for_all_gives_each_network_one_of_its_own():
+    program, start = start_of(NETWORKS["linear layers"])
+    options = {"epochs": 2, "batch_size": 4}
+    found = train_networks(program, start, *make_images(), ROWS, seed=3, **options)
+    seeds = [own_seed(i) for i in range(3)]
+    expected = train_networks(program, start, *make_images(), ROWS, seed=seeds, **options)
+    assert furthest(found.weights, expected.weights) == 0
+
+
+# ---------------------------------------------------------------------------- early stopping
+
+
+def test_early_stopping_equals_a_loop_over_networks(another):
+    network, program, start = another
+    found = train_networks(
+        program, start, *make_images(), ROWS, batch_size=4, seed=SEEDS, **OWN, **PATIENT
+    )
+    alone = each_alone(network, start, **PATIENT)
+    assert_as_alone(found, alone)
+    planned = [ceil(float(OWN["epochs"][i]) * len(ROWS[i]) / 4) for i in range(3)]
+    stopped = [own.made < steps for own, steps in zip(alone, planned, strict=True)]
+    assert any(stopped)
+    assert any(own.steps < own.made for own in alone)  # best weights, not the last
+
+
+def test_rows_held_back_without_patience_only_watch(another):
+    network, program, start = another
+    options = {"batch_size": 4, "seed": SEEDS, **OWN}
+    found = train_networks(program, start, *make_images(), ROWS, held_back=HELD_BACK, **options)
+    assert_as_alone(found, each_alone(network, start, held_back=HELD_BACK))
+    unwatched = train_networks(program, start, *make_images(), ROWS, **options)
+    assert furthest(found.weights, unwatched.weights) == 0
+    assert torch.equal(found.steps, unwatched.steps)
+
+
+def test_those_that_stop_leave_the_others_alone(another):
+    _, program, start = another
+    options = {"batch_size": 4, "epochs": 12, "lr": 0.03, "snapshots": 4, **PATIENT}
+    together = train_networks(program, start, *make_images(), ROWS, seed=SEEDS, **options)
+    for i in range(3):
+        single = options | {"held_back": HELD_BACK[i : i + 1], "seed": SEEDS[i : i + 1]}
+        alone = train_networks(program, part(start, i), *make_images(), ROWS[i : i + 1], **single)
+        assert furthest(alone.weights, part(together.weights, i)) < 1e-9
+        assert furthest(alone.snapshots, part(together.snapshots, i)) < 1e-9
+        assert alone.steps[0] == together.steps[i]
+        assert torch.allclose(alone.held_back[0], together.held_back[i], equal_nan=True)
+    assert len(set(together.held_back.isnan().sum(1).tolist())) > 1  # they stop at different times
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_rows_held_back_may_be_judged_in_blocks(monkeypatch, block):
+    program, start = start_of(NETWORKS["convolutions"])
+    options = {"batch_size": 4, "epochs": 6, **PATIENT}
+    expected = train_networks(program, start, *make_images(), ROWS, **options)
+    monkeypatch.setattr("zoo.chunks._JUDGED", block)
+    found = train_networks(program, start, *make_images(), ROWS, **options)
+    assert torch.allclose(found.held_back, expected.held_back, equal_nan=True)
+    assert furthest(found.weights, expected.weights) < 1e-12
+
+
+def test_a_loss_that_only_rises_keeps_the_weights_of_the_first_epoch():
+    """Held back rows with the other label: every step towards one is a step away from the other."""
+
+    def network():
+        return nn.Linear(1, 2)
+
+    inputs, targets = torch.ones(8, 1, dtype=torch.float64), torch.tensor([0] * 4 + [1] * 4)
+    program = trace(network().double(), inputs)
+    start = {key: tensor.double() for key, tensor in init_networks(network, [1]).items()}
+    for patience in (1, 3):
+        found = train_networks(
+            program, start, inputs, targets, [torch.arange(4)], epochs=9, batch_size=2,
+            held_back=[torch.arange(4, 8)], patience=patience,
+        )  # fmt: skip
+        assert found.steps.tolist() == [2]  # one epoch of four rows
+        judged = found.held_back[0][~found.held_back[0].isnan()]
+        assert len(judged) == 1 + patience
+        assert (judged.diff() > 0).all()
+
+
+def test_a_loss_that_only_falls_stops_nobody():
+    program, start = start_of(NETWORKS["linear layers"])
+    options = {"epochs": 5, "batch_size": 4, "lr": 1e-3}
+    found = train_networks(
+        program, start, *make_images(), ROWS, held_back=ROWS, patience=1, **options
+    )
+    last = train_networks(program, start, *make_images(), ROWS, **options)
+    assert (found.held_back.diff(dim=1) < 0).all()
+    assert furthest(found.weights, last.weights) == 0
+    assert torch.equal(found.steps, last.steps)
+
+
+# ---------------------------------------------------------------------------- on the way
+
+
+@pytest.mark.parametrize("count", [1, 4, 60])  # the last takes more than there are steps
+def test_snapshots_begin_with_the_start_and_are_spaced_evenly(another, count):
+    network, program, start = another
+    found = train_networks(
+        program, start, *make_images(), ROWS, batch_size=4, seed=SEEDS, snapshots=count, **OWN
+    ).snapshots
+    alone = each_alone(network, start)
+    expected = [
+        stack([own.trail[place * own.steps // count] for place in range(count)]) for own in alone
+    ]
+    assert furthest(found, stack(expected)) < 1e-6
+    assert furthest({key: tensor[:, 0] for key, tensor in found.items()}, start) == 0
+
+
+def test_snapshots_after_an_early_stop_are_the_final_weights(another):
+    network, program, start = another
+    found = train_networks(
+        program, start, *make_images(), ROWS,
+        batch_size=4, seed=SEEDS, snapshots=5, **OWN, **PATIENT,
+    )  # fmt: skip
+    frozen_at = []
+    for i, own in enumerate(each_alone(network, start, **PATIENT)):
+        planned = ceil(float(OWN["epochs"][i]) * len(ROWS[i]) / 4)
+        cuts = [place * planned // 5 for place in range(5)]
+        expected = stack([own.trail[min(cut, own.steps)] for cut in cuts])
+        assert furthest({key: t[i] for key, t in found.snapshots.items()}, expected) < 1e-6
+        frozen_at.append(sum(cut > own.steps for cut in cuts))
+    assert any(frozen_at)
+
+
+def test_snapshots_share_no_memory_with_anything():
+    program, start = start_of(NETWORKS["linear layers"])
+    trained = train_networks(program, start, *make_images(), ROWS, snapshots=2, **OPTIONS)
+    kept = {key: tensor.clone() for key, tensor in trained.weights.items()}
+    for tensor in (*trained.snapshots.values(), *start.values()):
+        tensor.zero_()
+    assert furthest(trained.weights, kept) == 0
+
+
+# ---------------------------------------------------------------------------- what networks see
+
+
+class Watch:
+    """A transform that writes down what it was asked for and changes nothing."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, inputs, targets, networks, step):
+        self.asked.append((inputs, targets, networks.tolist(), step))
+        return inputs, targets
+
+
+def test_a_transform_is_told_rows_networks_and_steps():
+    program, start = start_of(NETWORKS["linear layers"])
+    inputs, targets = make_images()
+    watch = Watch()
+    options = {"epochs": 3, "batch_size": 4, "seed": SEEDS}
+    trained = train_networks(program, start, inputs, targets, ROWS, transform=watch, **options)
+    assert [step for *_, step in watch.asked] == list(range(9))  # 3 * 12 / 4 of the longest
+    orders = [
+        order_of(own, seed, steps, 4)
+        for own, seed, steps in zip(ROWS, SEEDS, trained.steps.tolist(), strict=True)
+    ]
+    for given, labels, networks, step in watch.asked:
+        assert sorted(networks) == [i for i in range(3) if step < trained.steps[i]]
+        for place, i in enumerate(networks):
+            assert torch.equal(given[place], inputs[orders[i][step]])
+            assert torch.equal(labels[place], targets[orders[i][step]])
+    unseen = train_networks(program, start, inputs, targets, ROWS, **options)
+    assert furthest(trained.weights, unseen.weights) == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_a_transform_of_rows_held_back_is_told_no_step(chunk):
+    program, start = start_of(NETWORKS["linear layers"])
+    inputs, targets = make_images()
+    watch = Watch()
+    train_networks(
+        program, start, inputs, targets, ROWS,
+        epochs=2, batch_size=4, held_back=HELD_BACK, chunk=chunk, transform=watch,
+    )  # fmt: skip
+    judged = [call[:3] for call in watch.asked if call[3] is None]
+    for given, labels, networks in judged:
+        for place, i in enumerate(networks):
+            assert torch.equal(given[place], inputs[HELD_BACK[i]])
+            assert torch.equal(labels[place], targets[HELD_BACK[i]])
+    assert sorted(i for *_, networks in judged for i in networks) == [0, 0, 1, 1, 2, 2]
+
+
+def test_networks_learn_what_the_transform_shows_them(another):
+    """Each network has turned labels and mirrored images, told apart by its number alone."""
+    _, program, start = another
+    inputs, targets = make_images()
+
+    def transform(images, labels, networks, step):
+        assert images.shape[:2] == labels.shape
+        turned = torch.stack([images[k].roll(i, -1) for k, i in enumerate(networks.tolist())])
+        return turned, (labels + networks[:, None]) % 3
+
+    options = {"batch_size": 4, "epochs": 12, "lr": 0.03, "snapshots": 2, **PATIENT}
+    found = train_networks(
+        program, start, inputs, targets, ROWS, seed=SEEDS, transform=transform, **options
+    )
+    for i in range(3):
+        single = options | {"held_back": HELD_BACK[i : i + 1], "seed": SEEDS[i : i + 1]}
+        alone = train_networks(
+            program, part(start, i), inputs.roll(i, -1), (targets + i) % 3, ROWS[i : i + 1],
+            **single,
+        )  # fmt: skip
+        assert furthest(alone.weights, part(found.weights, i)) < 1e-9
+        assert alone.steps[0] == found.steps[i]
+        assert torch.allclose(alone.held_back[0], found.held_back[i], equal_nan=True)
+    assert found.held_back.isnan().any()  # some have stopped, and the others kept their numbers
+
+
+def test_regressions_are_trained_on_their_squared_error(another):
+    network, program, start = another
+    inputs, _ = make_images()
+    values = torch.randn(20, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    found = train_networks(
+        program, start, inputs, values, ROWS, loss=squared_error, held_back=HELD_BACK, **OPTIONS
+    )
+    alone = [
+        trained_alone(
+            network, one(start, i), (inputs, values), ROWS[i],
+            seed=own_seed(i), held_back=HELD_BACK[i], loss=F.mse_loss,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    assert_as_alone(found, alone)
+
+
+# ---------------------------------------------------------------------------- architectures
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_residual_networks_equal_each_trained_alone_by_torch(norm):
+    def network():
+        return architectures.build("resnet20", (1, 6, 6), 3, widths=(2, 3), norm=norm)
+
+    program, start = start_of(network)
+    options = {"epochs": 2, "batch_size": 4, "lr": 0.01}
+    found = train_networks(
+        program, start, *make_images(), ROWS, held_back=HELD_BACK, seed=SEEDS, **options
+    )
+    alone = [
+        trained_alone(
+            network, one(start, i), make_images(), ROWS[i],
+            seed=SEEDS[i], held_back=HELD_BACK[i], **options,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    assert_as_alone(found, alone)
+    assert furthest(found.weights, start) > 0.01
+
+
+CHUNKED = {
+    "mlp": {"widths": (9, 7)},
+    "cnn": {"widths": (3, 4)},
+    "resnet20 with layer norm": {"widths": (2, 3), "norm": "layer"},
+    "resnet20 with batch norm": {"widths": (2, 3), "norm": "batch"},
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_change_nothing_of_what_is_told(name):
+    def network():
+        return architectures.build(name.split()[0], (1, 6, 6), 3, **CHUNKED[name])
+
+    program, start = start_of(network)
+    options = {"batch_size": 4, "seed": SEEDS, "snapshots": 2, **OWN, **PATIENT}
+    options |= {"epochs": OWN["epochs"] / 3, "patience": 1}
+    whole, *others = (
+        train_networks(program, start, *make_images(), ROWS, chunk=chunk, **options)
+        for chunk in (None, 1, 2)
+    )
+    for found in others:
+        # Sums in another order, 1e-16 of weights, through 14 steps that build on others.
+        assert furthest(found.weights, whole.weights) < 1e-9
+        assert furthest(found.snapshots, whole.snapshots) < 1e-9
+        assert torch.equal(found.steps, whole.steps)
+        for told, expected in ((found.losses, whole.losses), (found.held_back, whole.held_back)):
+            torch.testing.assert_close(told, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_frozen_layers_equal_modules_whose_layers_are_frozen(another):
+    network, program, start = another
+    last = [key for key in start if key.startswith(f"{len(network()) - 1}.")]
+
+    def half_frozen():
+        model = network()
+        model[-1].requires_grad_(False)
+        return model
+
+    options = {"epochs": 2, "batch_size": 4, "lr": 0.03}
+    found = train_networks(
+        program, start, *make_images(), ROWS, seed=SEEDS, frozen=last, weight_decay=0.3, **options
+    ).weights
+    alone = [
+        trained_alone(
+            half_frozen, one(start, i), make_images(), ROWS[i], seed=SEEDS[i], decay=0.3, **options
+        ).weights
+        for i in range(3)
+    ]
+    assert furthest(found, stack(alone)) < 1e-6
+    for key in last:
+        assert torch.equal(found[key], start[key])
+
+
+def test_batch_statistics_that_are_named_frozen_run_all_the_same():
+    network = MORE["batch normalisation"]
+    program, start = start_of(network)
+    buffers = [name for name, _ in network().named_buffers()]
+    found, expected = (
+        train_networks(program, start, *make_images(), ROWS, frozen=frozen, **OPTIONS).weights
+        for frozen in (buffers, ())
+    )
+    assert furthest(found, expected) == 0
+    assert furthest(
+        {key: found[key] for key in buffers}, {key: start[key] for key in buffers}
+    ) > 0.01  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["linear layers", "convolutions", "batch normalisation"])
+def test_in_bfloat16_networks_learn_about_as_well(name):
+    """Three patterns in noise of half their contrast."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(300) % 3
+    patterns = torch.rand(3, 1, 6, 6, generator=generator)
+    inputs = patterns[targets] + 0.15 * torch.randn(300, 1, 6, 6, generator=generator)
+    network = MORE[name]
+    program = trace(network().eval(), inputs)
+    rows, held_back = [torch.arange(0, 200), torch.arange(50, 200)], [torch.arange(200, 250)] * 2
+    low, full = (
+        train_networks(
+            program, init_networks(network, [1, 2]), inputs, targets, rows,
+            epochs=4, precision=precision, held_back=held_back,
+        )
+        for precision in (torch.bfloat16, None)
+    )  # fmt: skip
+    for trained in (low, full):
+        found = predict(program, trained.weights, inputs[200:]).argmax(-1)
+        assert (found == targets[200:]).float().mean(1).min() > 0.95
+        assert trained.held_back[:, -1].max() < 0.5 * trained.losses[:, 0].min()
+    assert {t.dtype for t in low.weights.values()} == {t.dtype for t in full.weights.values()}
+    # Another arithmetic, of eight bits: logits of about 1 are off by 2**-8 or so, less in the mean.
+    difference = (low.losses[:, 0] - full.losses[:, 0]).abs().max()
+    assert 1e-5 < difference < 2**-6
+
+
 # ---------------------------------------------------------------------------- losses
 
 
@@ -287,6 +745,15 @@ def test_losses_are_those_of_torch_for_every_network():
     soft = torch.rand(4, 6, 3).softmax(-1)
     expected = torch.stack([F.cross_entropy(logits[i], soft[i]) for i in range(4)])
     assert torch.allclose(distillation(logits, soft), expected, atol=1e-6)
+    values = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(1))
+    expected = torch.stack([F.mse_loss(logits[i], values[i]) for i in range(4)])
+    assert torch.allclose(squared_error(logits, values), expected, atol=1e-6)
+
+
+def test_the_squared_error_by_hand():
+    outputs = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    targets = torch.tensor([[[1.0, 0.0], [0.0, 4.0]], [[1.0, 1.0], [1.0, 3.0]]])
+    assert squared_error(outputs, targets).tolist() == [(4 + 9) / 4, (1 + 1 + 1 + 9) / 4]
 
 
 # ---------------------------------------------------------------------------- init
