@@ -10,9 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from hashlib import sha256
 
 import torch
 from accelerate import PartialState
@@ -27,32 +26,15 @@ from zoo.building import Building, check_place, locked
 from zoo.files import is_whole
 from zoo.options import parse
 from zoo.parts import TaskSplit, split_task
+from zoo.plan import Shard, plan_shards
 from zoo.recipe import COUNTS, ZooOptions, factory_for, options_from
 from zoo.reference import features_for
 from zoo.shards import train_shard
-from zoo.store import FAMILY_PARTS, Zoo, files_of, group_name, load_zoo, read_manifest
+from zoo.store import Zoo, files_of, group_name, load_zoo, read_manifest
 from zoo.tasks import load_task
-
-WORK = 5e12  # floating-point operations of a shard: half a minute on two CPU cores
-MOST = 4096  # members of a shard
 
 Report = Callable[[str, int, int], None]
 """What is being trained, members that are done, members in all."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Families that are trained and stored as one piece."""
-
-    part: str
-    members: int
-    families: range
-    key: str
-
-    @property
-    def size(self) -> int:
-        """Number of networks."""
-        return len(self.families) * self.members
 
 
 def split_of(zoo: Zoo) -> TaskSplit:
@@ -149,7 +131,7 @@ def _build(
     main = state is None or state.is_main_process
     split = _split(options)
     program = _program(options, split)
-    plan = _plan(options, split, program)
+    plan = plan_shards(options, split, program)
     building = Building(options.folder, options.digest)
     if main:
         building.open()
@@ -204,50 +186,6 @@ def _program(options: ZooOptions, split: TaskSplit) -> Program:
     outputs = options.classes_per_family or task.outputs
     architectures.check(network(), shape, outputs, options.architecture)
     return architectures.program_of(network(), shape)
-
-
-def _plan(options: ZooOptions, split: TaskSplit, program: Program) -> list[Shard]:
-    """All shards of a zoo, each with a key that says what is in it."""
-    known = {k: v for k, v in options.shaping.items() if k not in COUNTS}
-    made_of = sha256(json.dumps(program.to_json(), sort_keys=True).encode()).hexdigest()
-    common = json.dumps([known, split.task.digest, made_of], sort_keys=True)
-    plan = []
-    for part in FAMILY_PARTS:
-        for members in options.members:
-            count, size = options.families(part), _shard_size(options, split, program, members)
-            for start in range(0, count, size):
-                families = range(start, min(start + size, count))
-                place = f"{common}/{part}/{members}/{families.start}/{families.stop}"
-                key = sha256(place.encode()).hexdigest()[:24]
-                plan.append(Shard(part, members, families, key))
-    return plan
-
-
-def _shard_size(options: ZooOptions, split: TaskSplit, program: Program, members: int) -> int:
-    """Families per shard: as many as make about the same work."""
-    if options.shard:
-        return max(1, options.shard // members)
-    everything = len(split.rows("segments"))
-    shared = everything if options.split == "everything" else everything / members
-    rows = options.segment_size or shared
-    each = 6 * multiply_adds(program) * rows * options.epochs[-1]
-    return max(1, int(min(MOST, WORK / each)) // members)
-
-
-def multiply_adds(program: Program) -> int:
-    """Multiply-adds of one input in the linear and convolutional layers of a network."""
-    total = 0
-    for node in program.nodes:
-        if node.op == "linear.default" or node.op.startswith("conv"):
-            _, channels, *kernel = program.shapes[node.args[1].name]
-            fan_in = channels
-            for size in kernel:
-                fan_in *= size
-            made = 1
-            for size in program.shapes[node.name]:
-                made *= size or 1  # the batch has no size
-            total += made * fan_in
-    return total
 
 
 def _finish(

@@ -434,7 +434,10 @@ def test_those_that_stop_leave_the_others_alone(another):
         assert furthest(alone.snapshots, part(together.snapshots, i)) < 1e-9
         assert alone.steps[0] == together.steps[i]
         assert torch.allclose(alone.held_back[0], together.held_back[i], equal_nan=True)
-    assert len(set(together.held_back.isnan().sum(1).tolist())) > 1  # they stop at different times
+    judged = (~together.held_back.isnan()).sum(1).tolist()
+    stops = [ceil(count * len(rows) / 4) for count, rows in zip(judged, ROWS, strict=True)]
+    assert len(set(stops)) == 3  # each drops out at a step of its own
+    assert min(judged) < 12
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -727,11 +730,10 @@ def test_in_bfloat16_networks_learn_about_as_well(name):
     for trained in (low, full):
         found = predict(program, trained.weights, inputs[200:]).argmax(-1)
         assert (found == targets[200:]).float().mean(1).min() > 0.95
-        assert trained.held_back[:, -1].max() < 0.5 * trained.losses[:, 0].min()
     assert {t.dtype for t in low.weights.values()} == {t.dtype for t in full.weights.values()}
-    # Another arithmetic, of eight bits: logits of about 1 are off by 2**-8 or so, less in the mean.
-    difference = (low.losses[:, 0] - full.losses[:, 0]).abs().max()
-    assert 1e-5 < difference < 2**-6
+    # Another arithmetic, of eight bits: logits of about 4 are off by 2**-6 or so.
+    for told, expected in ((low.losses, full.losses), (low.held_back, full.held_back)):
+        assert 1e-5 < (told - expected).abs().max() < 2**-6
 
 
 # ---------------------------------------------------------------------------- losses
