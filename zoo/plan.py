@@ -72,5 +72,6 @@ def multiply_adds(program: Program) -> int:
     for node in program.nodes:
         if node.op == "linear.default" or node.op.startswith("conv"):
             fan_in = prod(program.shapes[node.args[1].name][1:])
-            total += fan_in * prod(size or 1 for size in program.shapes[node.name])  # the batch has none
+            made = prod(size or 1 for size in program.shapes[node.name])  # the batch has none
+            total += fan_in * made
     return total
