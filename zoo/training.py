@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metamerge.structure import Program, run
 from metamerge.weights import Weights, stack
 from zoo.chunks import Chunk, Job, Trained, Transform
+from zoo.rewrites import pool_first
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[n, b, c]`` and targets ``[n, b]`` or ``[n, b, c]`` -> one loss per network ``[n]``."""
@@ -112,7 +113,7 @@ def train_networks(
     passes, rate, decay = (_each(value, n) for value in (epochs, lr, weight_decay))
     steps = (passes * lengths / batch_size).ceil().long()
     job = Job(
-        program=program,
+        program=pool_first(program),
         inputs=inputs,
         targets=targets,
         rows=rows,
