@@ -58,7 +58,8 @@ def train_shard(
         drawn = draw_families(options, split, place, families, given)
         trained = _train(options, split, program, drawn, members, device, progress)
         _check_converged(trained.weights, options)
-        scores = _scores(options, split, program, trained.weights, drawn, members)
+        there = {key: tensor.to(device) for key, tensor in trained.weights.items()}
+        scores = _scores(split, program, there, drawn, members)
     records = _records(split, drawn, trained, scores, members)
     stacked = {"weights": trained.weights, "records": records, "snapshots": trained.snapshots}
     whole = {
@@ -172,7 +173,6 @@ def _check_converged(weights: Weights, options: ZooOptions) -> None:
 
 
 def _scores(
-    options: ZooOptions,
     split: TaskSplit,
     program: Program,
     weights: Weights,
@@ -180,15 +180,17 @@ def _scores(
     members: int,
 ) -> Tensor:
     """Accuracy, or R2 of a regression, of every member on validation images, ``[n]``."""
+    device = next(iter(weights.values())).device
     if not drawn.variants:
-        inputs, targets = split.images("validation")
-        return _score(predict(program, weights, inputs), targets, split.task.regression)
+        inputs, targets = (tensor.to(device) for tensor in split.images("validation"))
+        return _score(predict(program, weights, inputs), targets, split.task.regression).cpu()
     scores = []
     for family in range(len(drawn.segments) // members):
         own = {k: t[family * members : (family + 1) * members] for k, t in weights.items()}
-        inputs, targets = drawn.variants.images(split, "validation", family)
+        seen = drawn.variants.images(split, "validation", family)
+        inputs, targets = (tensor.to(device) for tensor in seen)
         scores.append(_score(predict(program, own, inputs), targets, split.task.regression))
-    return torch.cat(scores)
+    return torch.cat(scores).cpu()
 
 
 def _score(outputs: Tensor, targets: Tensor, regression: bool) -> Tensor:
