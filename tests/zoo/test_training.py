@@ -1,6 +1,7 @@
 """Batched training beside a loop over modules and torch's own AdamW."""
 
 from copy import deepcopy
+from functools import cache
 from math import ceil
 from types import SimpleNamespace
 
@@ -45,10 +46,15 @@ def network(request):
     return NETWORKS[request.param]
 
 
+@cache  # tracing takes longer than a training
+def program_of(network, dtype):
+    return trace(network().to(dtype).eval(), make_images(dtype)[0])
+
+
 def start_of(network, dtype=torch.float64):
-    program = trace(network().to(dtype).eval(), make_images(dtype)[0])
     start = init_networks(network, [1, 2, 3])
-    return program, {k: t.to(dtype) if t.is_floating_point() else t for k, t in start.items()}
+    start = {k: t.to(dtype) if t.is_floating_point() else t for k, t in start.items()}
+    return program_of(network, dtype), start
 
 
 def furthest(found, expected):
