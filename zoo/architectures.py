@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -173,7 +172,7 @@ def factory_of(name: str) -> Callable[..., nn.Module]:
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"Architecture {name!r} cannot be imported ({error}). Run from the folder that holds "
             f"{module.partition('.')[0]!r}, or put that folder on PYTHONPATH."
@@ -221,40 +220,11 @@ def build(
     return network
 
 
-def check(network: nn.Module, shape: Sequence[int], outputs: int, name: str) -> None:
-    """Refuse a network that the batched trainer would train otherwise than its module does.
-
-    Args:
-        network: Freshly built.
-        shape: Shape of one input, without batch.
-        outputs: Number of outputs that the task needs.
-        name: Of its architecture, for messages.
-
-    Raises:
-        ConfigError: If it does not take the inputs, is random in training mode, or its outputs
-            have another shape.
-    """
-    inputs = torch.rand(4, *shape)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        network.train()
-        try:
-            first, second = network(inputs), network(inputs)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ConfigError(
-                f"Architecture {name!r} does not take inputs of shape {tuple(shape)}: {error}"
-            ) from error
-        network.eval()
-    if not isinstance(first, Tensor) or first.shape != (4, outputs):
-        got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise ConfigError(
-            f"Architecture {name!r}: 4 inputs {tuple(shape)} give {got}, expected (4, {outputs})."
-        )
-    if not torch.equal(first, second):
-        raise ConfigError(
-            f"Architecture {name!r} is random in training mode. Members are trained side by side "
-            "without dropout and the like: set its probability to 0, and use weight decay, noise "
-            "or early stopping instead."
-        )
+def frozen(network: nn.Module) -> list[str]:
+    """Keys of a state dict that training leaves alone: buffers, and what needs no gradient."""
+    parameters = network.named_parameters(remove_duplicate=False)
+    still = [name for name, parameter in parameters if not parameter.requires_grad]
+    return [*still, *(name for name, _ in network.named_buffers())]
 
 
 def program_of(model: nn.Module, shape: Sequence[int]) -> Program:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metamerge.errors import ConfigError
 
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, made odd
 KINDS = {"flip": None, "shift": 2.0, "noise": 0.1}  # how strong they are where nobody says
 
 
@@ -42,11 +43,12 @@ class Augmentation:
         for word in words:
             kind, _, text = word.partition("=")
             try:
-                strength = float(text) if text else KINDS[kind]
-            except (KeyError, ValueError):
+                strength = float(text) if text else KINDS.get(kind)
+            except ValueError:
                 strength = -1.0
             wrong = strength is not None and not 0 < strength < torch.inf
-            if wrong or kind in found or (kind == "flip") != (strength is None):
+            known = kind in KINDS and (kind == "flip") == (strength is None)
+            if wrong or not known or kind in found:
                 raise ConfigError(
                     f"augment: got {word!r}, expected flip, shift=<places> or noise=<deviation>, "
                     "each once."
@@ -61,37 +63,86 @@ class Augmentation:
         """Whether anything changes."""
         return self.flip or bool(self.shift) or bool(self.noise)
 
-    def apply(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Change the inputs of one step.
+    def apply(self, inputs: Tensor, seeds: Tensor, step: int) -> Tensor:
+        """Change the inputs of one step; what a network sees depends on its own seed alone.
 
         Args:
             inputs: ``[n, b, ..., places]``: images ``[n, b, c, h, w]``, signals ``[n, b, c, l]`` or
                 tables ``[n, b, features]``, which take noise alone.
-            generator: Source of randomness, on the CPU.
+            seeds: Seed of each network, int64 ``[n]``.
+            step: Number of the step.
 
         Returns:
             New inputs of the same shape.
+
+        Raises:
+            ConfigError: If a table is to be mirrored or moved.
         """
-        places = max(0, inputs.ndim - 3)
-        if self.flip and places:
-            chosen = torch.rand(inputs.shape[:2], generator=generator) < 0.5
-            chosen = chosen.to(inputs.device).reshape(*inputs.shape[:2], *[1] * (inputs.ndim - 2))
+        lead, places = inputs.shape[:2], max(0, inputs.ndim - 3)
+        if not places and (self.flip or self.shift):
+            raise ConfigError("augment: columns of a table have no neighbours; tables take noise.")
+        own = seeds.to(inputs.device)
+        if self.flip:
+            chosen = uniform(own, step, lead[1], stream=0) < 0.5
+            chosen = chosen.reshape(*lead, *[1] * (inputs.ndim - 2))
             inputs = torch.where(chosen, inputs.flip(-1), inputs)
         for axis in range(inputs.ndim - places, inputs.ndim) if self.shift else ():
-            inputs = self._shifted(inputs, axis, generator)
+            drawn = uniform(own, step, lead[1], stream=axis)
+            moves = (drawn * (2 * self.shift + 1)).long() - self.shift
+            inputs = _shifted(inputs, axis, moves)
         if self.noise:
-            noise = torch.randn(inputs.shape, generator=generator)
-            inputs = inputs + self.noise * noise.to(inputs)
+            count = inputs[0].numel()
+            radius = (-2 * (1 - uniform(own, step, count, stream=8)).log()).sqrt()
+            angle = 2 * torch.pi * uniform(own, step, count, stream=9)  # Box and Muller
+            noise = (radius * angle.cos()).reshape(inputs.shape)
+            inputs = inputs + self.noise * noise.to(inputs.dtype)
         return inputs
 
-    def _shifted(self, inputs: Tensor, axis: int, generator: torch.Generator) -> Tensor:
-        """Every image moved along one axis by a number of places of its own."""
-        size, lead = inputs.shape[axis], inputs.shape[:2]
-        moves = torch.randint(-self.shift, self.shift + 1, lead, generator=generator)
-        source = torch.arange(size) - moves[..., None]  # [n, b, size]
-        inside = (source >= 0) & (source < size)
-        shape = [*lead, *[1] * (inputs.ndim - 2)]
-        shape[axis] = size
-        index = source.clamp(0, size - 1).reshape(shape).to(inputs.device)
-        moved = inputs.take_along_dim(index.expand_as(inputs), axis)
-        return moved * inside.reshape(shape).to(inputs)
+
+def uniform(seeds: Tensor, step: int, count: int, *, stream: int) -> Tensor:
+    """Numbers in [0, 1) that follow from their place, for all networks at once and on any device.
+
+    Paper: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014
+    (SplitMix64).
+
+    Args:
+        seeds: Seed of each network, int64 ``[n]``.
+        step: Number of the step.
+        count: Numbers per network.
+        stream: What they are for; different streams have nothing in common.
+
+    Returns:
+        Float32 ``[n, count]``, multiples of 2^-24.
+    """
+    places = torch.arange(1, count + 1, device=seeds.device)
+    start = _mixed(_mixed(seeds + _signed(stream * _GOLDEN % 2**64)) + step)
+    mixed = _mixed(start[:, None] + places * _signed(_GOLDEN))
+    return _shifted_right(mixed, 40).float() / 2**24
+
+
+def _mixed(z: Tensor) -> Tensor:
+    z = (z ^ _shifted_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted_right(z, 31)
+
+
+def _shifted_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own repeats the sign."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(number: int) -> int:
+    """Unsigned 64-bit number as the int64 of the same bits."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(inputs: Tensor, axis: int, moves: Tensor) -> Tensor:
+    """Every image moved along one axis by a number of places of its own, ``moves`` ``[n, b]``."""
+    size = inputs.shape[axis]
+    source = torch.arange(size, device=inputs.device) - moves[..., None]  # [n, b, size]
+    inside = (source >= 0) & (source < size)
+    shape = [*inputs.shape[:2], *[1] * (inputs.ndim - 2)]
+    shape[axis] = size
+    index = source.clamp(0, size - 1).reshape(shape)
+    moved = inputs.take_along_dim(index.expand_as(inputs), axis)
+    return moved * inside.reshape(shape)

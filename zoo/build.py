@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from metamerge.errors import ConfigError, MetaMergeError, ZooError
 from metamerge.structure import Program
-from zoo import architectures
 from zoo.augmentation import Augmentation
 from zoo.building import Building, check_place, locked
 from zoo.files import is_whole
+from zoo.fitness import check_trainable
 from zoo.options import parse
 from zoo.parts import TaskSplit, split_task
 from zoo.plan import Shard, plan_shards
@@ -184,8 +184,7 @@ def _program(options: ZooOptions, split: TaskSplit) -> Program:
         )
     network = factory_for(options, task)
     outputs = options.classes_per_family or task.outputs
-    architectures.check(network(), shape, outputs, options.architecture)
-    return architectures.program_of(network(), shape)
+    return check_trainable(network(), shape, outputs, options.architecture)
 
 
 def _finish(

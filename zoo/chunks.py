@@ -52,8 +52,9 @@ class Trained(NamedTuple):
     Attributes:
         weights: State dicts ``[n, ...]``.
         steps: Steps that led to these weights, int64 ``[n]``.
-        losses: Mean training loss in every epoch, ``[n, epochs]``; NaN after a network's last.
-        held_back: Loss on the rows held back, after every epoch, ``[n, epochs]``; NaN without.
+        losses: Mean training loss in every epoch, ``[n, epochs]``; NaN where a network made no
+            step: after its last, and between steps that are longer than its epochs.
+        held_back: Loss on the rows held back, after every such epoch, ``[n, epochs]``.
         snapshots: Weights on the way, ``[n, s, ...]``: the first at the start, the others at equal
             distances before the end; empty if none were asked for.
     """
@@ -80,12 +81,14 @@ class Chunk:
         self.device = job.inputs.device
         turned = _linear_keys(job.program)
         self.weights = {
-            key: _laid_out(t[networks].to(self.device), key in turned) for key, t in weights.items()
+            key: _laid_out(t.detach()[networks].to(self.device), key in turned)
+            for key, t in weights.items()
         }
         self.steps, self.lengths, self.rate = (
             values[networks] for values in (job.steps, job.lengths, job.rate)
         )
         self.orders = _orders(job, networks).to(self.device)  # [a, steps * b]
+        self.uses = _counters(job.program, self.weights)
         self.optimizer = AdamW(self._trained(), job.decay[networks])
         self.best = torch.full((len(networks),), torch.inf)  # smallest loss on rows held back
         self.stale = torch.zeros(len(networks), dtype=torch.long)  # epochs since then
@@ -130,16 +133,16 @@ class Chunk:
         live = {key: tensor[:active] for key, tensor in self.weights.items()}
         leaves = {k: t[:active].requires_grad_() for k, t in self._detached().items()}
         inputs, targets = self._batch(rows, self.networks[:active], step)
-        outputs, statistics = self._forward({**live, **leaves}, inputs, training=True)
-        losses = job.loss(outputs, targets)
-        grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        rates = self.rate[:active] * (1 - step / self.steps[:active])
+        with torch.enable_grad():
+            outputs, statistics = self._forward({**live, **leaves}, inputs, training=True)
+            losses = job.loss(outputs, targets)
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        rates = self.rate[:active] * (1 - step / self.steps[:active].double())
         self.optimizer.step(dict(zip(leaves, grads, strict=True)), rates)
         for key, value in statistics.items():
             live[key].copy_(value)
-        for key, counter in live.items():
-            if key.endswith(_COUNTER) and statistics:
-                counter.add_(1)
+        for key, uses in self.uses.items():
+            live[key].add_(uses)
         return losses.detach().float()
 
     def _detached(self) -> Weights:
@@ -248,6 +251,18 @@ class Chunk:
     def _cuts(self, steps: Tensor) -> Tensor:
         """Steps before which snapshots are taken, ``[a, snapshots]``."""
         return steps[:, None] * torch.arange(self.job.snapshots) // self.job.snapshots
+
+
+def _counters(program: Program, weights: Weights) -> dict[str, int]:
+    """Counters of batch normalisations -> by how much a step raises them."""
+    uses: dict[str, int] = {}
+    for node in program.nodes:
+        if node.op == "batch_norm.default" and node.args[3] is not None:
+            mean = program.parameters[node.args[3].name]
+            key = mean.removesuffix(_STATISTICS[0]) + _COUNTER
+            if key in weights:
+                uses[key] = uses.get(key, 0) + 1
+    return uses
 
 
 def _linear_keys(program: Program) -> set[str]:

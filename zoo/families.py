@@ -168,7 +168,7 @@ def _between(ends: tuple[float, ...], count: int, generator: torch.Generator) ->
 
 def _hold_back(segments: list[Tensor], options: ZooOptions) -> tuple[list[Tensor], list[Tensor]]:
     """Take the rows that early stopping looks at out of every segment, at least one."""
-    counts = [max(1, round(options.hold_back * len(segment))) for segment in segments]
+    counts = [min(len(own) - 1, max(1, round(options.hold_back * len(own)))) for own in segments]
     small = min(map(len, segments))
     if small < 2:
         raise ZooError(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from metamerge.errors import ConfigError
 from metamerge.structure import Execution, Program
 from metamerge.weights import Weights
 from zoo import architectures
@@ -71,7 +72,10 @@ def _hidden(options: ZooOptions, split: TaskSplit) -> Tensor:
     rows, task = split.rows("segments"), split.task
     program, weights = _trained(options, split, [rows])
     own = {key: tensor[0] for key, tensor in weights.items()}
-    last = max(i for i, node in enumerate(program.nodes) if node.op == "linear.default")
+    linear = [i for i, node in enumerate(program.nodes) if node.op == "linear.default"]
+    if not linear:
+        raise ConfigError(f"by: {options.architecture!r} has no linear layer to be read before.")
+    last = linear[-1]
     hidden = None
     for batch in rows.split(_BATCH):
         run = Execution(program, own, [task.inputs[batch]], stacked=False)
@@ -100,6 +104,6 @@ def _trained(options: ZooOptions, split: TaskSplit, rows: list[Tensor]) -> tuple
         lr=options.lr[0],
         seed=options.seed,
         loss=squared_error if task.regression else cross_entropy,
-        frozen=[name for name, _ in network().named_buffers()],
+        frozen=architectures.frozen(network()),
     )
     return program, trained.weights

@@ -8,6 +8,7 @@ from torch import Tensor
 from metamerge.errors import ZooError
 from metamerge.structure import Program
 from metamerge.weights import Weights
+from zoo import architectures
 from zoo.augmentation import Augmentation
 from zoo.chunks import Transform
 from zoo.families import Drawn, draw_families
@@ -88,14 +89,14 @@ def _train(
     common = {
         "batch_size": options.batch_size,
         "loss": squared_error if task.regression else cross_entropy,
-        "frozen": [name for name, _ in network().named_buffers()],
+        "frozen": architectures.frozen(network()),
         "precision": None if options.precision == "float32" else torch.bfloat16,
     }
     inputs, targets = task.inputs.to(device), task.targets.to(device)
     start = init_networks(network, drawn.init_seeds)
     if options.shared_steps:
         start = _trained_together(
-            options, program, start, (inputs, targets), rows, drawn, members, common
+            options, program, start, (inputs, targets), drawn, members, common
         )
     return train_networks(
         program,
@@ -119,16 +120,15 @@ def _trained_together(
     program: Program,
     start: Weights,
     data: tuple[Tensor, Tensor],
-    rows: list[Tensor],
     drawn: Drawn,
     members: int,
     common: dict,
 ) -> Weights:
-    """What a family learns before its members part: one network on all of their rows."""
+    """What a family learns before its members part: one network on all rows, as they are."""
     # Frankle, Dziugaite, Roy and Carbin, "Linear Mode Connectivity and the Lottery Ticket
     # Hypothesis", ICML 2020, arXiv:1912.05671; here the learning rate falls in both stretches.
-    firsts = range(0, len(rows), members)
-    union = [torch.cat(rows[i : i + members]) for i in firsts]
+    firsts = range(0, len(drawn.segments), members)
+    union = [torch.cat(drawn.segments[i : i + members]) for i in firsts]
     lengths = torch.tensor([len(own) for own in union])
     trained = train_networks(
         program,
@@ -139,29 +139,32 @@ def _trained_together(
         lr=drawn.hyper["lr"][::members],
         weight_decay=drawn.hyper["weight_decay"][::members],
         seed=[drawn.order_seeds[i] + 1 for i in firsts],
-        transform=_transform(options, drawn, 1, every=members),  # a family is one network
+        transform=_seen_by_families(drawn) if drawn.variants else None,
         **common,
     )
     return {key: t.repeat_interleave(members, 0) for key, t in trained.weights.items()}
 
 
-def _transform(
-    options: ZooOptions, drawn: Drawn, members: int, *, every: int = 1
-) -> Transform | None:
+def _seen_by_families(drawn: Drawn) -> Transform:
+    """Every family's variant of the task, where a family is one network."""
+    return lambda inputs, targets, families, _: drawn.variants.seen(inputs, targets, families)
+
+
+def _transform(options: ZooOptions, drawn: Drawn, members: int) -> Transform | None:
     """What members see of rows: their family's variant of the task, augmented or not."""
     augmentation = Augmentation.parse(options.augment)
-    augmented, seeds = drawn.augmented[::every], drawn.order_seeds[::every]
-    if not augmented.any() and not drawn.variants:
+    seeds = torch.tensor(drawn.order_seeds)
+    if not drawn.augmented.any() and not drawn.variants:
         return None
 
     def transform(
         inputs: Tensor, targets: Tensor, networks: Tensor, step: int | None
     ) -> tuple[Tensor, Tensor]:
-        chosen = augmented[networks].to(inputs.device)
+        chosen = drawn.augmented[networks]
         if step is not None and chosen.any():
-            generator = torch.Generator().manual_seed((seeds[int(networks[0])] + step) % 2**63)
-            changed = augmentation.apply(inputs[chosen], generator)
-            inputs = inputs.index_put((chosen,), changed)
+            there = chosen.to(inputs.device)
+            changed = augmentation.apply(inputs[there], seeds[networks[chosen]], step)
+            inputs = inputs.index_put((there,), changed)
         return drawn.variants.seen(inputs, targets, networks // members)
 
     return transform

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metamerge.errors import ZooError
 from metamerge.structure import Program, run
 from metamerge.weights import Weights, stack
 from zoo.chunks import Chunk, Job, Trained, Transform
@@ -108,8 +109,13 @@ def train_networks(
 
     Returns:
         The trained networks.
+
+    Raises:
+        ZooError: If a network has no rows.
     """
     n, lengths = len(rows), torch.tensor([len(r) for r in rows])
+    if (lengths == 0).any():
+        raise ZooError(f"train_networks: rows[{int(lengths.argmin())}] is empty, expected some.")
     passes, rate, decay = (_each(value, n) for value in (epochs, lr, weight_decay))
     steps = (passes * lengths / batch_size).ceil().long()
     job = Job(
@@ -150,11 +156,11 @@ def _room(weights: Weights, steps: Tensor, epochs: int, snapshots: int) -> Train
     """A result that chunks fill in; it starts with the start."""
     losses, held_back = torch.full((2, len(steps), epochs), torch.nan)
     on_the_way = {
-        key: tensor.unsqueeze(1).repeat(1, snapshots, *[1] * (tensor.ndim - 1))
+        key: tensor.detach().unsqueeze(1).repeat(1, snapshots, *[1] * (tensor.ndim - 1))
         for key, tensor in weights.items()
         if snapshots
     }
-    start = {key: tensor.clone() for key, tensor in weights.items()}
+    start = {key: tensor.detach().clone() for key, tensor in weights.items()}
     return Trained(start, steps.clone(), losses, held_back, on_the_way)
 
 

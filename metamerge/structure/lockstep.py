@@ -110,15 +110,17 @@ class Execution:
 
     def _normalise_by_batch(self, node: Node, args: tuple[Lane, ...]) -> Lane:
         """Batch normalisation of ``n`` networks in training mode: one of ``n * c`` channels."""
-        x, weight, bias, mean, var = (lane.value for lane in args[:5])
-        momentum, eps = args[6].value, args[7].value
-        n = len(mean)
-        mean, var = mean.flatten().clone(), var.flatten().clone()  # changed in place by torch
+        x, weight, bias = (lane.value for lane in args[:3])
+        momentum, eps, n = args[6].value, args[7].value, len(args[3].value)
+        x = x if args[0].stacked else x.expand(n, *x.shape)
+        keys = [self.program.parameters[node.args[position].name] for position in (3, 4)]
+        known = [
+            self.statistics.get(key, lane.value).flatten().clone()  # changed in place by torch
+            for key, lane in zip(keys, args[3:5], strict=True)
+        ]
         affine = (None if t is None else t.flatten() for t in (weight, bias))
-        maps = rearrange(x, "n b c ... -> b (n c) ...")
-        y = F.batch_norm(maps, mean, var, *affine, True, momentum, eps)
-        for position, value in ((3, mean), (4, var)):
-            key = self.program.parameters[node.args[position].name]
+        y = F.batch_norm(_as_channels(x), *known, *affine, True, momentum, eps)
+        for key, value in zip(keys, known, strict=True):
             self.statistics[key] = value.unflatten(0, (n, -1))
         return Lane(rearrange(y, "b (n c) ... -> n b c ...", n=n), True)
 

@@ -54,6 +54,8 @@ class Task:
             _check_values(where, self.targets, rows)
         else:
             _check_classes(where, self.targets, rows, self.classes)
+        if self.standardise and self.inputs.ndim == 4:
+            raise ZooError(f"{where}: images lie in [0, 1] and are not standardised.")
         if self.labels and len(self.labels) != self.classes:
             raise ZooError(
                 f"{where}: labels must name each of {self.classes} classes, got "
