@@ -6,7 +6,6 @@ family's members is scored beside its controls; the table goes to the terminal, 
 """
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,11 @@ from evaluation.report import MERGER, Scored, differences, print_leaderboard, wr
 from evaluation.tracking import track
 from metamerge.api import merge
 from metamerge.checkpoints import Checkpoint
-from metamerge.errors import ConfigError, MetaMergeError
+from metamerge.errors import ConfigError
 from metamerge.mergers import GNNMerger, load_merger, read_card
 from metamerge.weights import Weights, stack, unstack
 from zoo.build import build_with_progress
-from zoo.options import parse
+from zoo.options import command
 from zoo.parts import TaskSplit
 from zoo.recipe import factory_for, options_from
 from zoo.store import Zoo, load_zoo
@@ -367,12 +366,8 @@ def terminal() -> Console:
 
 def main() -> None:
     """Entry point of ``python -m evaluation.compare``."""
-    options = parse(CompareOptions, prog="python -m evaluation.compare")
-    try:
-        compare(options, terminal())
-    except MetaMergeError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
+    prog = "python -m evaluation.compare"
+    command(CompareOptions, lambda options: compare(options, terminal()), prog=prog)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ they can be merged and looked at, but nothing is judged on them.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,14 +16,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from metamerge.errors import ConfigError, MetaMergeError, ZooError
+from metamerge.errors import ConfigError, ZooError
 from metamerge.structure import Program
 from metamerge.weights import Weights
 from zoo import architectures
 from zoo.building import Building, check_place, locked
 from zoo.imports import checkpoint_folder, schuerholt, unterthiner
 from zoo.imports.population import Population
-from zoo.options import parse
+from zoo.options import command
 from zoo.store import FAMILY_PARTS, Zoo, group_name, read_manifest
 
 LAYOUTS = ("folder", "schuerholt", "unterthiner")
@@ -192,21 +191,19 @@ def _taken(tensors: Weights, rows: torch.Tensor) -> Weights:
     return {key: tensor[rows] for key, tensor in tensors.items()}
 
 
-def main() -> None:
-    """Entry point of ``python -m zoo.adopt``."""
-    options = parse(AdoptOptions, prog="python -m zoo.adopt")
-    console = Console()
-    try:
-        zoo = adopt(options)
-    except MetaMergeError as error:
-        print(f"zoo.adopt: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
+def _on_command(options: AdoptOptions) -> None:
+    console, zoo = Console(), adopt(options)
     for note in zoo.manifest["source"]["notes"]:
         console.print(f"[bold]note[/] {note}", highlight=False)
     families = {name: group["families"] for name, group in zoo.groups.items()}
     console.print(f"[bold]zoo[/] {zoo.folder}: families {families}")
     address = f"{zoo.folder}#{next(iter(zoo.groups))}/0"
     console.print(f'[bold]next[/] python -m zoo.show --zoo {zoo.folder}, or merge("{address}")')
+
+
+def main() -> None:
+    """Entry point of ``python -m zoo.adopt``."""
+    command(AdoptOptions, _on_command, prog="python -m zoo.adopt")
 
 
 if __name__ == "__main__":

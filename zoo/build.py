@@ -6,7 +6,6 @@ with the shards that are missing. ``accelerate launch -m zoo.build`` shares them
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,13 +17,13 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from metamerge.errors import ConfigError, MetaMergeError, ZooError
+from metamerge.errors import ConfigError, ZooError
 from metamerge.structure import Program
 from zoo.augmentation import Augmentation
 from zoo.building import Building, check_place, locked
 from zoo.files import is_whole
 from zoo.fitness import check_trainable
-from zoo.options import parse
+from zoo.options import command
 from zoo.parts import TaskSplit, split_task
 from zoo.plan import Shard, plan_shards
 from zoo.recipe import COUNTS, ZooOptions, factory_for, options_from
@@ -257,15 +256,14 @@ def build_with_progress(
     return zoo
 
 
+def _on_command(options: ZooOptions) -> None:
+    state = PartialState(cpu=not torch.cuda.is_available())
+    build_with_progress(options, Console(quiet=not state.is_main_process), state)
+
+
 def main() -> None:
     """Entry point of ``python -m zoo.build``."""
-    options = parse(ZooOptions, prog="python -m zoo.build")
-    state = PartialState(cpu=not torch.cuda.is_available())
-    try:
-        build_with_progress(options, Console(quiet=not state.is_main_process), state)
-    except MetaMergeError as error:
-        print(f"zoo.build: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
+    command(ZooOptions, _on_command, prog="python -m zoo.build")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from metamerge.errors import ConfigError
+from metamerge.errors import ConfigError, MetaMergeError
 
 Options = TypeVar("Options")
 
@@ -51,6 +51,25 @@ def parse(kind: type[Options], arguments: Sequence[str] | None = None, *, prog: 
         return kind(**vars(known))
     except ConfigError as error:
         parser.error(str(error))
+
+
+def command(kind: type[Options], work: Callable[[Options], object], *, prog: str) -> None:
+    """Do what the command line asks for; what is wrong is told in a line, without a traceback.
+
+    Args:
+        kind: Options of the command; see ``parse``.
+        work: What it does.
+        prog: How it is called.
+
+    Raises:
+        SystemExit: If it fails, with the exit code of the error.
+    """
+    options = parse(kind, prog=prog)
+    try:
+        work(options)
+    except MetaMergeError as error:
+        print(f"{prog.rpartition(' ')[2]}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
 
 
 def _add(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, comment: str) -> None:

@@ -5,7 +5,6 @@ folder: members in weight space before and after alignment, what every segment h
 curves, and the way of the weights of one member.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from metamerge.alignment import weight_matching
-from metamerge.errors import ConfigError, MetaMergeError
+from metamerge.errors import ConfigError
 from metamerge.weights import Weights
-from zoo.options import parse
+from zoo.options import command
 from zoo.pictures import curves_figure, path_figure, segments_figure, weight_space_figure
 from zoo.store import Zoo, load_zoo
 
@@ -266,12 +265,7 @@ def _path(snapshots: Weights, final: Weights, member: int, title: str) -> Figure
 
 def main() -> None:
     """Entry point of ``python -m zoo.show``."""
-    options = parse(ShowOptions, prog="python -m zoo.show")
-    try:
-        show(options, Console())
-    except MetaMergeError as error:
-        print(f"zoo.show: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
+    command(ShowOptions, lambda options: show(options, Console()), prog="python -m zoo.show")
 
 
 if __name__ == "__main__":
