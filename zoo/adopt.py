@@ -24,7 +24,7 @@ from zoo.building import Building, check_place, locked
 from zoo.imports import checkpoint_folder, schuerholt, unterthiner
 from zoo.imports.population import Population
 from zoo.options import command
-from zoo.store import FAMILY_PARTS, Zoo, group_name, read_manifest
+from zoo.store import FAMILY_PARTS, Zoo, group_name, load_zoo, read_manifest
 
 LAYOUTS = ("folder", "schuerholt", "unterthiner")
 SHARD = 4096  # networks that are stored as one piece
@@ -96,7 +96,8 @@ def adopt(options: AdoptOptions) -> Zoo:
         older = read_manifest(folder)
         if older is not None and older["digest"] != digest:
             raise ZooError(f"{folder} holds another zoo. Choose another --out, or delete it.")
-        return _write(options, population, program, Building(folder, digest))
+        _write(options, population, program, Building(folder, digest))
+    return load_zoo(folder)
 
 
 def _read(options: AdoptOptions) -> Population:
@@ -131,7 +132,7 @@ def _network(
 
 def _write(
     options: AdoptOptions, population: Population, program: Program | None, building: Building
-) -> Zoo:
+) -> None:
     done, groups = building.open(), {}
     for name, families in _dealt(options, len(population.names)).items():
         part, members = name.split("-k")
@@ -164,7 +165,7 @@ def _write(
         "program": None if program is None else program.to_json(),
         "source": source,
     }
-    return building.finish(groups, manifest)
+    building.finish(groups, manifest)
 
 
 def _dealt(options: AdoptOptions, count: int) -> dict[str, torch.Tensor]:

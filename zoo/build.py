@@ -95,15 +95,32 @@ def build(
     """
     folder, main = options.folder, state is None or state.is_main_process
     check_place(folder)  # before the lock: a place that is refused is left as it was
+    if state is None or state.num_processes == 1:
+        there = _finished(options)
+        if there is not None:  # on a disk that may be read-only
+            return there
     with locked(folder) if main else nullcontext():
-        older = read_manifest(folder) and load_zoo(folder)
-        same = older is not None and older.digest == options.digest
-        if same and all(is_whole(folder, entry) for entry in files_of(older.groups)):
+        _wait(state)  # nobody looks before the main process has its turn
+        there = _finished(options)
+        if there is not None:
             _wait(state)
-            return older
-        if older is not None and not same:
+            return there
+        older = read_manifest(folder) and load_zoo(folder)
+        if older is not None and older.digest != options.digest:
             _check_growth(older, options)
         return _build(options, older, progress, state)
+
+
+def _finished(options: ZooOptions) -> Zoo | None:
+    """The zoo, if it is there with all of its shards; what its build left behind is deleted."""
+    folder = options.folder
+    older = read_manifest(folder) and load_zoo(folder)
+    if older is None or older.digest != options.digest:
+        return None
+    if not all(is_whole(folder, entry) for entry in files_of(older.groups)):
+        return None
+    Building(folder, options.digest).discard()
+    return older
 
 
 def _wait(state: PartialState | None) -> None:

@@ -19,7 +19,7 @@ from filelock import FileLock
 from metamerge.checkpoints.exchange import exchange
 from metamerge.errors import ZooError
 from metamerge.weights import Weights
-from zoo.files import UNFINISHED, is_whole, sync, write_json, write_tensors
+from zoo.files import UNFINISHED, is_whole, sync, write_bytes, write_json, write_tensors
 from zoo.store import FORMAT, KINDS, Zoo, files_of, read_manifest
 
 _JOURNAL = "shard-"
@@ -34,6 +34,7 @@ class Building:
     """
 
     def __init__(self, target: Path, digest: str) -> None:
+        target = target.resolve()  # a link to another disk stays one
         self.target, self.digest = target, digest
         self.folder = target.with_name(f".{target.name}.{digest}.building")
 
@@ -56,8 +57,14 @@ class Building:
             for key, shard in found.items()
             if all(is_whole(self.folder, shard[kind]) for kind in KINDS if kind in shard)
         }
-        for key in found.keys() - whole.keys():
-            self._journal(key).unlink(missing_ok=True)
+        with self._writing():
+            for path in self.folder.glob(f"{_JOURNAL}*.json"):
+                if path.stem.removeprefix(_JOURNAL) not in whole:
+                    path.unlink(missing_ok=True)
+            for key, shard in whole.items():
+                if not self._journal(key).exists():
+                    write_json(self._journal(key), shard)
+            (self.folder / "manifest.json").unlink(missing_ok=True)  # the journal says it all
         return whole
 
     def shards(self) -> dict[str, dict[str, Any]]:
@@ -68,8 +75,14 @@ class Building:
         for path in self.folder.glob(f"{_JOURNAL}*.json"):
             with contextlib.suppress(OSError, ValueError):  # one that cannot be read is no shard
                 entry = json.loads(path.read_text())
-                found[entry["key"]] = entry
+                if self._is_entry(entry, path):
+                    found[entry["key"]] = entry
         return found
+
+    def _is_entry(self, entry: Any, path: Path) -> bool:
+        """Tell whether a file of the journal says what a finished shard would."""
+        known = isinstance(entry, dict) and isinstance(entry.get("weights"), dict)
+        return known and self._journal(str(entry.get("key"))) == path
 
     def take(self, zoo: Zoo) -> None:
         """Go on from a zoo: its shards that are whole need not be trained again.
@@ -138,8 +151,12 @@ class Building:
             else:
                 os.rename(self.folder, self.target)
             sync(self.target.parent)
-            shutil.rmtree(self.folder, ignore_errors=True)  # the older zoo
+            self.discard()  # the older zoo
         return Zoo(self.target, json.loads(text))  # as every later reader finds it
+
+    def discard(self) -> None:
+        """Delete the folder: what an older build left after its last step."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _journal(self, key: str) -> Path:
         return self.folder / f"{_JOURNAL}{key}.json"
@@ -159,12 +176,11 @@ class Building:
 
 def _link(source: Path, target: Path) -> None:
     """The same file in two folders, or a copy where the file system has no links."""
-    if target.exists():
-        return
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        write_bytes(target, source.read_bytes())
 
 
 @contextmanager
@@ -201,6 +217,8 @@ def check_place(folder: Path) -> None:
     Raises:
         ZooError: If it is a file, or a folder that holds something other than a zoo.
     """
+    if folder.name in ("", ".."):
+        raise ZooError(f"{folder} cannot be replaced. Choose another folder with --out.")
     if folder.exists() and not folder.is_dir():
         raise ZooError(f"{folder} is a file. Choose another folder with --out.")
     if folder.exists() and any(folder.iterdir()) and read_manifest(folder) is None:

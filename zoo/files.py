@@ -114,7 +114,7 @@ def read_tensors(folder: Path, entry: dict[str, Any]) -> Weights:
             f"{path}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…. {REPAIR}"
         )
     try:
-        return load(content)
+        return dict(sorted(load(content).items()))
     except (SafetensorError, KeyError) as error:  # written so by somebody else
         raise ZooError(f"{path}: holds no tensors ({error}). {REPAIR}") from error
 

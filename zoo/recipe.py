@@ -15,6 +15,8 @@ from metamerge.errors import ConfigError, ZooError
 from zoo import architectures
 from zoo.augmentation import Augmentation
 from zoo.splits import SPLITS
+from zoo.splits.algorithms import COVARIANCES, LINKAGES
+from zoo.splits.clusters import ALGORITHMS
 from zoo.tasks import Task
 
 PLACES = ("out", "data")  # options that say where things lie, not what they are
@@ -24,7 +26,17 @@ CLUSTERED = ("inputs", "important", "targets", "errors", "activations")
 REPEATING = ("clusters", "difficulty", "bins")  # splits that cut equal rows equally
 PRECISIONS = ("float32", "bfloat16")
 _RANGES = ("alpha", "epochs", "lr", "weight_decay")
-_ABOVE_ZERO = ("batch_size", "epochs", "lr", "alpha", "classes_per_segment", "pool")
+_ABOVE_ZERO = (
+    "objective",
+    "neighbours",
+    "min_cluster_size",
+    "batch_size",
+    "epochs",
+    "lr",
+    "alpha",
+    "classes_per_segment",
+    "pool",
+)
 _FROM_ZERO = (
     *("segment_size", "weight_decay", "shared_steps", "patience", "snapshots", "shard"),
     *("classes_per_family", "reference_epochs"),
@@ -107,6 +119,9 @@ class ZooOptions:
         choices = {
             "split": tuple(SPLITS),
             "init": ("own", "shared"),
+            "algorithm": ALGORITHMS,
+            "linkage": LINKAGES,
+            "covariance": COVARIANCES,
             "by": CLUSTERED,
             "precision": PRECISIONS,
         }
@@ -126,7 +141,8 @@ class ZooOptions:
                     raise ConfigError(f"{name}: expected {least}, got {value}.")
         for name in COUNTS[1:]:
             if getattr(self, name) < (name == "train_families"):
-                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}.")
+                least = 1 if name == "train_families" else 0
+                raise ConfigError(f"{name}: expected {least} or more, got {getattr(self, name)}.")
         for name in ("pool", "augment_share", "share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected a share up to 1, got {getattr(self, name)}.")
@@ -207,7 +223,7 @@ def options_from(record: Mapping[str, Any]) -> ZooOptions:
     told = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     try:
         return ZooOptions(**told)
-    except (TypeError, ConfigError) as error:
+    except (TypeError, ValueError) as error:
         raise ZooError(
             f"These options of a zoo are of another version ({error}). Build the zoo again."
         ) from error

@@ -45,14 +45,14 @@ def read_members(address: str, max_bytes: int) -> list[Checkpoint]:
     group = _group(manifest, folder, name)
     family, members = _select(indices, group, address)
     shard, place = _shard(group, family, folder)
-    path = _path(shard, "weights", folder)
+    path, expected = _path(shard, "weights", folder), (shard["families"], group["members"])
     with open_regular(path) as file:
         verified = file_size(file) < VERIFY_BELOW_BYTES and verify(file, path, manifest)
         header = read_header(file, display(path), max_bytes=file_size(file))
-        _check_shapes(header, (shard["families"], group["members"]), path)
+        _check_shapes(header, expected, path)
         _check_amount(header, group["members"], len(members), address, max_bytes)
         weights = [_member(file, header, (place, member), display(path)) for member in members]
-    records = _provenance(_path(shard, "records", folder), (place, members), manifest)
+    records = _provenance(_path(shard, "records", folder), (place, members), expected, manifest)
     return [
         Checkpoint(
             name=f"{display(folder)}#{name}/{family}/{member}",
@@ -90,7 +90,7 @@ def _zoo_manifest(folder: Path) -> dict:
 
 def _group(manifest: dict, folder: Path, name: str) -> dict:
     group = manifest["groups"].get(name)
-    if group is None:
+    if name not in manifest["groups"]:
         known = sorted(manifest["groups"])[:10]
         raise ConfigError(f"{display(folder)}: has no group {name!r}; it has {known}.")
     shards = group.get("shards") if isinstance(group, dict) else None
@@ -158,13 +158,16 @@ def _member(file: BinaryIO, header: Header, index: tuple[int, int], name: str) -
     return {key: read_row(file, entry, index, name) for key, entry in header.entries.items()}
 
 
-def _provenance(path: Path, place: tuple[int, list[int]], manifest: dict) -> list[dict]:
+def _provenance(
+    path: Path, place: tuple[int, list[int]], expected: tuple[int, int], manifest: dict
+) -> list[dict]:
     """What the zoo recorded of members: numbers by name."""
     family, members = place
     with open_regular(path) as file:
         if file_size(file) < VERIFY_BELOW_BYTES:
             verify(file, path, manifest)
         header = read_header(file, display(path), max_bytes=file_size(file))
+        _check_shapes(header, expected, path)
         told = {
             key: entry
             for key, entry in header.entries.items()
