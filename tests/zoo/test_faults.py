@@ -558,16 +558,9 @@ def test_a_whole_zoo_on_a_read_only_disk_can_be_read(tmp_path, zoo):
     with mounted(tmp_path / "disk", "size=1m") as disk:
         shutil.copytree(zoo.folder, disk / "zoo")
         remount(disk, "ro")
-        found = load_zoo(disk / "zoo")
+        found = build(small(disk))  # nothing has to be written
         assert found.families("train", 3)["1.weight"].shape[:2] == (3, 3)
         merge(found.address("train", 3, 2), method="average", align=None)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_that_may_not_be_written_is_told(tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises(ZooError, match=r"zoo cannot be written: .*denied.*another --out"):
-        build(small(tmp_path / "locked"))
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
