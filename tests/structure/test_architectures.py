@@ -115,22 +115,22 @@ def at(spec, key, axis):
 def test_resnet20_has_three_streams_and_one_group_inside_each_of_its_nine_blocks():
     _, spec = proved("resnet20")
     assert sizes(spec) == {8: 4, 16: 4, 32: 4}
-    streams = [spec.row_group(f"{block}.body.1.weight") for block in range(1, 10)]
-    assert streams == ["0.0"] * 3 + ["4.body.1"] * 3 + ["7.body.1"] * 3
-    inner = [spec.row_group(f"{block}.body.0.0.weight") for block in range(1, 10)]
+    streams = [spec.row_group(f"{block}.second.0.weight") for block in range(2, 11)]
+    assert streams == ["0.0"] * 3 + ["5.second.0"] * 3 + ["8.second.0"] * 3
+    inner = [spec.row_group(f"{block}.first.0.weight") for block in range(2, 11)]
     assert len({*inner, *streams}) == 12
-    for block in range(1, 10):  # in between, nothing but the convolutions and their statistics
-        names = {key for key, _ in spec.touching(inner[block - 1])}
+    for block in range(2, 11):  # in between, nothing but the convolutions and their statistics
+        names = {key for key, _ in spec.touching(inner[block - 2])}
         statistics = ("weight", "bias", "running_mean", "running_var")
         assert names == {
-            *(f"{block}.body.0.1.{own}" for own in statistics),
-            f"{block}.body.0.0.weight",
-            f"{block}.body.1.weight",
+            *(f"{block}.first.1.{own}" for own in statistics),
+            f"{block}.first.0.weight",
+            f"{block}.second.0.weight",
         }
-    assert at(spec, "7.shortcut.0.weight", 0) == ["7.body.1"]
-    assert at(spec, "7.shortcut.0.weight", 1) == ["4.body.1"]
-    assert at(spec, "12.weight", 1) == ["7.body.1"]
-    assert at(spec, "12.weight", 0) == ["outputs"]
+    assert at(spec, "8.shortcut.0.weight", 0) == ["8.second.0"]
+    assert at(spec, "8.shortcut.0.weight", 1) == ["5.second.0"]
+    assert at(spec, "13.weight", 1) == ["8.second.0"]
+    assert at(spec, "13.weight", 0) == ["outputs"]
     assert at(spec, "0.0.weight", 1) == ["inputs"]
 
 
@@ -140,13 +140,13 @@ def test_resnext_has_groups_of_channels_and_channels_nested_in_them():
     (blocks,) = [g for g, n in spec.groups.items() if n == 4 and not spec.outer(g)]
     stream = at(spec, "5.weight", 1)
     assert stream[0] == blocks
-    assert stream == at(spec, "1.shortcut.0.weight", 0) == at(spec, "2.body.1.weight", 0)
+    assert stream == at(spec, "1.shortcut.0.weight", 0) == at(spec, "2.second.0.weight", 0)
     for block in ("1", "2"):
-        made = at(spec, f"{block}.body.0.0.weight", 0)
+        made = at(spec, f"{block}.first.0.weight", 0)
         assert made[0] == blocks
         assert made != stream
         # a grouped convolution reads the channels of its own group alone
-        assert at(spec, f"{block}.body.1.weight", 1) == made[1:]
+        assert at(spec, f"{block}.second.0.weight", 1) == made[1:]
         assert spec.outer(made[1]) == (blocks,)
 
 
