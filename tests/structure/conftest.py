@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metamerge.structure import Layout, PermutationSpec, Program, discover_program, trace
+from metamerge.structure import Layout, PermutationSpec, Program, discover_program, lockstep, trace
 
 
 class Residual(nn.Module):
@@ -444,3 +444,17 @@ def networks():
 def make_network():
     """What makes a row of the table, for tests with networks of their own."""
     return Network
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Operators that were mapped over the networks one by one."""
+    seen = []
+    original = lockstep._mapped
+
+    def spy(op, args, kwargs):
+        seen.append(op)
+        return original(op, args, kwargs)
+
+    monkeypatch.setattr(lockstep, "_mapped", spy)
+    return seen

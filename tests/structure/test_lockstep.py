@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evaluation.benchmarks.architectures import OWN, TRANSFORMERS
-from metamerge.structure import Execution, lockstep, run, trace
+from metamerge.structure import Execution, run, trace
 
 COUNT = 3  # networks that run side by side
 
@@ -20,20 +20,6 @@ def assert_same(found, expected):
     """Equal up to sums in another order: some 100 terms at most, each rounded to 1e-16 of it."""
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) < 1e-12 * (1 + float(expected.abs().max()))
-
-
-@pytest.fixture
-def mapped(monkeypatch):
-    """Operators that were mapped over the networks one by one."""
-    seen = []
-    original = lockstep._mapped
-
-    def spy(op, args, kwargs):
-        seen.append(op)
-        return original(op, args, kwargs)
-
-    monkeypatch.setattr(lockstep, "_mapped", spy)
-    return seen
 
 
 def test_one_network_agrees_with_its_module(network):

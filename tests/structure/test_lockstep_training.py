@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metamerge.structure import Execution, lockstep, run, trace
+from metamerge.structure import Execution, run, trace
 from zoo.architectures import resnet20
 
 COUNT, ROWS = 3, 6
@@ -49,20 +49,6 @@ def assert_close(found, expected, bound=1e-12):
     assert found.dtype == expected.dtype
     furthest = (found - expected).detach().abs().max()
     assert float(furthest) <= bound * float(expected.detach().abs().max())
-
-
-@pytest.fixture
-def mapped(monkeypatch):
-    """Operators that were mapped over the networks one by one."""
-    seen = []
-    original = lockstep._mapped
-
-    def spy(op, args, kwargs):
-        seen.append(op)
-        return original(op, args, kwargs)
-
-    monkeypatch.setattr(lockstep, "_mapped", spy)
-    return seen
 
 
 # ---------------------------------------------------------------------------- batch statistics

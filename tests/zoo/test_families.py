@@ -8,10 +8,8 @@ import torch
 
 from metamerge.errors import ConfigError, ZooError
 from zoo.families import draw_families
-from zoo.parts import split_task
 from zoo.recipe import ZooOptions
 from zoo.splits import SHARING, SPLITS
-from zoo.tasks import load_task
 
 OPTIONS = ZooOptions(split="disjoint", segment_size=20)
 VARIED = {
@@ -28,16 +26,6 @@ VARIED = {
     "pool": 0.8,
     "patience": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return split_task(load_task("digits"), objective=400)
-
-
-@pytest.fixture(scope="module")
-def diabetes():
-    return split_task(load_task("diabetes"), objective=80)
 
 
 def drawn(task, families=range(3), *, part="train", members=4, given=None, **changes):

@@ -18,22 +18,12 @@ from zoo.recipe import ZooOptions, factory_for
 from zoo.reference import features_for
 from zoo.shards import train_shard
 from zoo.splits import SPLITS
-from zoo.tasks import Task, load_task
+from zoo.tasks import Task
 from zoo.training import init_networks
 from zoo.variants import Variants
 
 OPTIONS = ZooOptions(widths=(8,), split="disjoint", segment_size=40, epochs=3.0)
 CLASSES_ONLY = {"dirichlet", "classes"}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return split_task(load_task("digits"), objective=400)
-
-
-@pytest.fixture(scope="module")
-def diabetes():
-    return split_task(load_task("diabetes"), objective=80)
 
 
 @pytest.fixture(scope="module")
