@@ -81,7 +81,7 @@ def write_metrics(folder, rows, drop=(), pack=False):
     ]
     text = ("\n".join(lines) + "\n").encode()
     name = "metrics.csv.gz" if pack else "metrics.csv"
-    (folder / name).write_bytes(gzip.compress(text) if pack else text)
+    (folder / name).write_bytes(gzip.compress(text, mtime=0) if pack else text)
 
 
 def write_zoo(folder, networks=4, channels=1, **options):

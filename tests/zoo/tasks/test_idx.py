@@ -93,11 +93,20 @@ BROKEN = {
         b"\0\0\x08\3" + struct.pack(">3I", 2**16, 2**8, 2**7) + WHOLE[16:],
         "ends early.* got 90",
     ),
-    "half a gzip file": (gzip.compress(WHOLE)[:-20], "cannot be read"),
-    "gzip with a wrong checksum": (gzip.compress(WHOLE)[:-8] + b"\0" * 8, "cannot be read"),
-    "gzip with damaged content": (gzip.compress(WHOLE)[:10] + b"\xff" * 40, "cannot be read"),
-    "gzip of too little": (gzip.compress(WHOLE[:-1]), "ends early"),
-    "gzip of too much": (gzip.compress(WHOLE + b"\0" * 1000), "goes on after its last row"),
+    "half a gzip file": (gzip.compress(WHOLE, mtime=0)[:-20], "cannot be read"),
+    "gzip with a wrong checksum": (
+        gzip.compress(WHOLE, mtime=0)[:-8] + b"\0" * 8,
+        "cannot be read",
+    ),
+    "gzip with damaged content": (
+        gzip.compress(WHOLE, mtime=0)[:10] + b"\xff" * 40,
+        "cannot be read",
+    ),
+    "gzip of too little": (gzip.compress(WHOLE[:-1], mtime=0), "ends early"),
+    "gzip of too much": (
+        gzip.compress(WHOLE + b"\0" * 1000, mtime=0),
+        "goes on after its last row",
+    ),
 }
 
 
