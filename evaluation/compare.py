@@ -30,6 +30,7 @@ from metamerge.checkpoints import Checkpoint
 from metamerge.errors import ConfigError
 from metamerge.mergers import GNNMerger, load_merger, read_card
 from metamerge.weights import Weights, stack, unstack
+from zoo.architectures import frozen
 from zoo.build import build_with_progress
 from zoo.options import command
 from zoo.parts import TaskSplit
@@ -64,7 +65,8 @@ class Bench:
         self.zoo, self.split, self.merger, self.seed = zoo, split, merger, seed
         self.families = zoo.families("test", members)  # [f, m, ...]
         self.count = next(iter(self.families.values())).shape[0]
-        self.budget = controls.Budget(split.images("objective"), split.images("validation"))
+        still = tuple(frozen(self.network()))
+        self.budget = controls.Budget(split.images("objective"), split.images("validation"), still)
         self.images = len(self.budget.everything[1])
         sizes = [t[0, 0].numel() for t in self.families.values() if t.is_floating_point()]
         self.parameters = sum(sizes)

@@ -17,6 +17,7 @@ from metamerge.alignment import weight_matching
 from metamerge.ensembles import majority_vote
 from metamerge.structure import Layout
 from metamerge.weights import Weights
+from zoo.architectures import frozen
 from zoo.training import Loss, cross_entropy, distillation, init_networks, predict, train_networks
 
 RATES = (1e-3, 3e-3, 1e-2)
@@ -34,10 +35,12 @@ class Budget:
     Attributes:
         objective: Inputs and targets that a merger is trained on.
         validation: Inputs and targets that it is validated on.
+        frozen: Keys of float tensors that no control trains; see ``zoo.architectures.frozen``.
     """
 
     objective: Images
     validation: Images
+    frozen: tuple[str, ...] = ()
 
     @property
     def everything(self) -> Images:
@@ -158,7 +161,14 @@ def on_union(
     """
     start = init_networks(factory, seeds)
     return train_networks(
-        layout.program, start, *images, rows, epochs=epochs, batch_size=batch_size, lr=lr
+        layout.program,
+        start,
+        *images,
+        rows,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        frozen=frozen(factory()),
     ).weights
 
 
@@ -199,6 +209,7 @@ def _trained(
             batch_size=32 if len(inputs) < MANY else 128,
             lr=lr,
             loss=loss,
+            frozen=budget.frozen,
         ).weights
 
     def score(lr: float) -> float:

@@ -20,11 +20,11 @@ from metamerge.errors import ConfigError, ZooError
 from metamerge.structure import Program
 from metamerge.weights import Weights
 from zoo import architectures
-from zoo.building import Building, check_place, locked
 from zoo.imports import checkpoint_folder, schuerholt, unterthiner
 from zoo.imports.population import Population
 from zoo.options import command
 from zoo.store import FAMILY_PARTS, Zoo, group_name, load_zoo, read_manifest
+from zoo.writing import Building, check_place, locked
 
 LAYOUTS = ("folder", "schuerholt", "unterthiner")
 SHARD = 4096  # networks that are stored as one piece
@@ -133,25 +133,19 @@ def _network(
 def _write(
     options: AdoptOptions, population: Population, program: Program | None, building: Building
 ) -> None:
-    done, groups = building.open(), {}
+    done = building.open()
+    groups: dict[str, list[str]] = {}
     for name, families in _dealt(options, len(population.names)).items():
-        part, members = name.split("-k")
-        shards = []
-        for rows in families.split(max(1, SHARD // int(members))):
-            key = sha256(f"{building.folder.name}/{name}/{rows.tolist()}".encode()).hexdigest()[:24]
-            if key not in done:
-                tensors = {"weights": _taken(population.weights, rows)}
-                tensors["records"] = {
-                    "source": rows,
-                    **{k: t.float() for k, t in _taken(population.metrics, rows).items()},
-                }
-                building.add(key, tensors, members=int(members))
-            shards.append(key)
-        groups[name] = {"part": part, "members": int(members), "families": len(families)}
-        groups[name]["shards"] = shards
-    found = building.shards()
-    for group in groups.values():
-        group["shards"] = [found[key] for key in group["shards"]]
+        members = families.shape[1]
+        for rows in families.split(max(1, SHARD // members)):
+            key = sha256(f"{building.digest}/{name}/{rows.tolist()}".encode()).hexdigest()[:24]
+            groups.setdefault(name, []).append(key)
+            if key in done:
+                continue
+            metrics = {k: t.float() for k, t in _taken(population.metrics, rows).items()}
+            records = {"source": rows, **metrics}
+            tensors = {"weights": _taken(population.weights, rows), "records": records}
+            building.add(key, tensors, members=members)
     source = {
         "layout": options.layout,
         "folder": str(Path(options.source).resolve()),

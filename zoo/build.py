@@ -20,9 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from metamerge.errors import ConfigError, ZooError
 from metamerge.structure import Program
 from zoo.augmentation import Augmentation
-from zoo.building import Building, check_place, locked
 from zoo.files import is_whole
-from zoo.fitness import check_trainable
 from zoo.options import command
 from zoo.parts import TaskSplit, split_task
 from zoo.plan import Shard, plan_shards
@@ -31,6 +29,8 @@ from zoo.reference import features_for
 from zoo.shards import train_shard
 from zoo.store import Zoo, files_of, group_name, load_zoo, read_manifest
 from zoo.tasks import load_task
+from zoo.trainable import check_trainable
+from zoo.writing import Building, check_place, locked
 
 Report = Callable[[str, int, int], None]
 """What is being trained, members that are done, members in all."""
@@ -50,9 +50,9 @@ def split_of(zoo: Zoo) -> TaskSplit:
     """
     if zoo.options is None:
         raise ZooError(
-            f"{zoo.folder} was imported from {zoo.manifest['source']}: nobody knows which images "
-            "its members saw, so nothing can be judged on it. Merge its families, or look at them "
-            "with `python -m zoo.show`."
+            f"{zoo.folder} was adopted from {zoo.manifest['source']['folder']}: nobody knows which "
+            "images its members saw, so nothing can be judged on it. Merge its families, or look "
+            "at them with `python -m zoo.show`."
         )
     split = _split(options_from(zoo.options))
     told, found = zoo.manifest["task"]["digest"], split.task.digest
@@ -206,16 +206,10 @@ def _program(options: ZooOptions, split: TaskSplit) -> Program:
 def _finish(
     options: ZooOptions, split: TaskSplit, program: Program, plan: list[Shard], building: Building
 ) -> None:
-    found, groups = building.shards(), {}
+    groups: dict[str, list[str]] = {}
     for shard in plan:
-        group = groups.setdefault(
-            group_name(shard.part, shard.members),
-            {"part": shard.part, "members": shard.members, "families": 0, "shards": []},
-        )
-        group["families"] += len(shard.families)
-        group["shards"].append(found[shard.key])
+        groups.setdefault(group_name(shard.part, shard.members), []).append(shard.key)
     task = split.task
-    scaling = {name: values.tolist() for name, values in split.scaling.items()}
     told = {
         "name": task.name,
         "digest": task.digest,
@@ -223,7 +217,7 @@ def _finish(
         "outputs": task.outputs,
         "labels": list(task.labels),
         "notes": list(task.notes),
-        "scaling": scaling,
+        "scaling": {name: values.tolist() for name, values in split.scaling.items()},
     }
     manifest = {
         "digest": options.digest,

@@ -17,8 +17,6 @@ Transform = Callable[[Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]
 """Inputs ``[a, b, ...]``, targets ``[a, b]``, the networks they are for ``[a]`` and the step, which
 is None outside training -> what those networks see instead."""
 
-_STATISTICS = ("running_mean", "running_var")
-_COUNTER = "num_batches_tracked"
 _JUDGED = 512  # rows held back that are run at a time
 
 
@@ -99,7 +97,7 @@ class Chunk:
 
     def _trained(self) -> Weights:
         keys = dict.fromkeys(self.job.program.parameters.values())
-        fixed = {key for key in keys if key.endswith(_STATISTICS)} | self.job.frozen
+        fixed = {key for pair in _statistics(self.job.program) for key in pair} | self.job.frozen
         return {
             key: self.weights[key]
             for key in keys
@@ -165,14 +163,12 @@ class Chunk:
         """Outputs ``[a, b, c]`` and new running statistics."""
         job, kind = self.job, self.device.type
         lower = torch.autocast(kind, job.precision) if job.precision else nullcontext()
-        pass_ = Execution(
+        execution = Execution(
             job.program, weights, [inputs], stacked=True, own_inputs=True, training=training
         )
         with lower:
-            for node in job.program.nodes:
-                pass_.step(node)
-        outputs = pass_.output()
-        return outputs.float() if job.precision else outputs, pass_.statistics
+            outputs = execution.run_all()
+        return outputs.float() if job.precision else outputs, execution.statistics
 
     @torch.no_grad()
     def _judge(self, ended: Tensor, step: int, epoch: Tensor) -> None:
@@ -253,16 +249,20 @@ class Chunk:
         return steps[:, None] * torch.arange(self.job.snapshots) // self.job.snapshots
 
 
+def _statistics(program: Program) -> list[tuple[str, str]]:
+    """Keys of running mean and variance, once per use of a batch normalisation."""
+    return [
+        (program.parameters[node.args[3].name], program.parameters[node.args[4].name])
+        for node in program.nodes
+        if node.op == "batch_norm.default" and node.args[3] is not None
+    ]
+
+
 def _counters(program: Program, weights: Weights) -> dict[str, int]:
     """Counters of batch normalisations -> by how much a step raises them."""
-    uses: dict[str, int] = {}
-    for node in program.nodes:
-        if node.op == "batch_norm.default" and node.args[3] is not None:
-            mean = program.parameters[node.args[3].name]
-            key = mean.removesuffix(_STATISTICS[0]) + _COUNTER
-            if key in weights:
-                uses[key] = uses.get(key, 0) + 1
-    return uses
+    means = [mean for mean, _ in _statistics(program)]
+    counters = [mean.removesuffix("running_mean") + "num_batches_tracked" for mean in means]
+    return {key: counters.count(key) for key in counters if key in weights}
 
 
 def _linear_keys(program: Program) -> set[str]:

@@ -3,13 +3,14 @@
 import json
 import os
 import secrets
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from metamerge.checkpoints.writing import sync
 from metamerge.errors import ZooError
 from metamerge.weights import Weights
 
@@ -77,19 +78,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def sync(folder: Path) -> None:
-    """Make sure that the names in a folder survive a loss of power.
-
-    Args:
-        folder: Which.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_tensors(folder: Path, entry: dict[str, Any]) -> Weights:
     """Read a file of tensors, checked against its checksum.
 
@@ -134,9 +122,6 @@ def is_whole(folder: Path, entry: dict[str, Any]) -> bool:
     """
     try:
         with (folder / entry["file"]).open("rb") as file:
-            digest = sha256()
-            while block := file.read(2**20):
-                digest.update(block)
+            return file_digest(file, "sha256").hexdigest() == entry["sha256"]
     except OSError:
         return False
-    return digest.hexdigest() == entry["sha256"]

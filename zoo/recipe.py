@@ -27,6 +27,7 @@ REPEATING = ("clusters", "difficulty", "bins")  # splits that cut equal rows equ
 PRECISIONS = ("float32", "bfloat16")
 _RANGES = ("alpha", "epochs", "lr", "weight_decay")
 _ABOVE_ZERO = (
+    "train_families",
     "objective",
     "neighbours",
     "min_cluster_size",
@@ -39,7 +40,7 @@ _ABOVE_ZERO = (
 )
 _FROM_ZERO = (
     *("segment_size", "weight_decay", "shared_steps", "patience", "snapshots", "shard"),
-    *("classes_per_family", "reference_epochs"),
+    *("classes_per_family", "reference_epochs", "validation_families", "test_families"),
 )
 
 
@@ -139,10 +140,6 @@ class ZooOptions:
                 low, high = (value[0], value[-1]) if isinstance(value, tuple) else (value, value)
                 if not (0 <= low <= high < inf) or (low == 0 and names is _ABOVE_ZERO):
                     raise ConfigError(f"{name}: expected {least}, got {value}.")
-        for name in COUNTS[1:]:
-            if getattr(self, name) < (name == "train_families"):
-                least = 1 if name == "train_families" else 0
-                raise ConfigError(f"{name}: expected {least} or more, got {getattr(self, name)}.")
         for name in ("pool", "augment_share", "share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected a share up to 1, got {getattr(self, name)}.")

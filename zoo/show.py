@@ -102,8 +102,8 @@ def overview(zoo: Zoo) -> Table:
         table.add_column(name, justify="left" if name == "families" else "right", no_wrap=True)
     for name, group in zoo.groups.items():
         part, members = group["part"], group["members"]
-        rows = zoo.records(part, members).get("rows")
-        score = _scores(zoo, part, members)[0]
+        records = zoo.records(part, members)
+        rows, score = records.get("rows"), _scores(records)[0]
         known = score[score.isfinite()]
         shown = ["unknown", ""]
         if len(known):
@@ -146,9 +146,8 @@ def _chosen(zoo: Zoo, options: ShowOptions) -> tuple[str, int]:
     return part, members
 
 
-def _scores(zoo: Zoo, part: str, members: int) -> tuple[Tensor, str]:
+def _scores(records: Weights) -> tuple[Tensor, str]:
     """Score of every member ``[f, m]`` and what it is."""
-    records = zoo.records(part, members)
     for name in (*SCORES, *_FOREIGN):
         if name in records:
             return records[name].float(), SCORES.get(name, name.replace("_", " "))
@@ -205,7 +204,7 @@ def pictures(zoo: Zoo, part: str, members: int, options: ShowOptions) -> dict[st
     title = f"{zoo.folder}, {part} families of {members}"
     some = _some(zoo, part, members, options.families)
     count = len(next(iter(some.values())))
-    scores, label = _scores(zoo, part, members)
+    scores, label = _scores(records)
     drawn = {"weight_space": _weight_space(zoo, some, scores[:count], label, title)}
     if "rows_per_class" in records:
         counts = records["rows_per_class"][:count]

@@ -4,7 +4,7 @@ A zoo is a folder with ``manifest.json`` and, per shard, ``weights-<content>.saf
 tensor ``[families, members, ...]``), ``records-<content>.safetensors`` (where every member comes
 from) and, where they were asked for, ``snapshots-<content>.safetensors`` (weights on the way).
 Families come in groups ``<part>-k<members>``. The manifest carries the options that made the zoo,
-the traced program of its networks and all checksums; ``zoo.building`` writes it.
+the traced program of its networks and all checksums; ``zoo.writing`` writes them.
 """
 
 import json
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metamerge.checkpoints.manifests import ZOO_FORMAT as FORMAT
+from metamerge.checkpoints.zoo_members import is_told
 from metamerge.errors import ZooError
 from metamerge.structure import Layout, Program, discover_program
 from metamerge.weights import Weights
 from zoo.files import read_tensors
 
-FORMAT = "metamerge-zoo-2"
 FAMILY_PARTS = ("train", "validation", "test")
 KINDS = ("weights", "records", "snapshots")  # files of a shard
 SEGMENT = "segment"  # record: rows of the task, padded with -1
@@ -133,7 +134,7 @@ class Zoo:
     def provenance(self, part: str, members: int) -> list[list[dict[str, Any]]]:
         """Where every member comes from: init seed, number of rows, rows per class and more."""
         records = self.records(part, members)
-        told = {k: t for k, t in records.items() if t.ndim == 2 or k == "rows_per_class"}
+        told = {key: t for key, t in records.items() if is_told(key, t.ndim)}
         group = self.group(part, members)
         return [
             [

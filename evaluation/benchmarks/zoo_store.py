@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from metamerge.weights import Weights, stack
 from zoo import architectures
-from zoo.building import Building
 from zoo.options import parse
 from zoo.store import Zoo
+from zoo.writing import Building
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,8 @@ def write_zoo(folder: Path, families: Weights, options: BenchmarkOptions) -> Zoo
         records = {"init_seed": seeds.reshape(-1, options.members)}
         keys.append(str(start))
         building.add(keys[-1], {"weights": own, "records": records}, members=options.members)
-    found = building.shards()
-    group = {"part": "train", "members": options.members, "families": count}
-    group["shards"] = [found[key] for key in keys]
     manifest = dict.fromkeys(("digest", "options", "program", "task"))
-    return building.finish({f"train-k{options.members}": group}, manifest)
+    return building.finish({f"train-k{options.members}": keys}, manifest)
 
 
 def fastest(read: Callable[[], object], repeats: int) -> float:

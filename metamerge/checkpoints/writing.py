@@ -74,7 +74,7 @@ def save_checkpoint(
         digest = _write_tensors(tensors, partial / WEIGHTS_NAME)
         manifest["files"][WEIGHTS_NAME] = {"sha256": digest}
         _write_text(_as_json(manifest), partial / MANIFEST_NAME)
-        _sync(partial)
+        sync(partial)
         _put_in_place(partial, target, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what is left over: the new or the old folder
@@ -198,8 +198,15 @@ def _write_text(text: str, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, where the system can sync folders."""
+def sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where the system can sync folders.
+
+    Args:
+        folder: Which.
+
+    Raises:
+        OSError: If it cannot be synced.
+    """
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -223,4 +230,4 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
                     f"folder or set overwrite."
                 ) from None
             raise
-    _sync(target.parent)
+    sync(target.parent)

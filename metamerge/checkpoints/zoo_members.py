@@ -65,6 +65,11 @@ def read_members(address: str, max_bytes: int) -> list[Checkpoint]:
     ]
 
 
+def is_told(record: str, axes: int) -> bool:
+    """Tell whether a record of members ``[F, K, ...]`` is short enough for their provenance."""
+    return axes == 2 or record in _LISTS
+
+
 def _parse(address: str) -> tuple[Path, str, list[int]]:
     folder, _, rest = address.rpartition("#")
     stem, *indices = rest.split("/")
@@ -169,9 +174,7 @@ def _provenance(
         header = read_header(file, display(path), max_bytes=file_size(file))
         _check_shapes(header, expected, path)
         told = {
-            key: entry
-            for key, entry in header.entries.items()
-            if len(entry.shape) == 2 or key in _LISTS
+            key: entry for key, entry in header.entries.items() if is_told(key, len(entry.shape))
         }
         return [
             {

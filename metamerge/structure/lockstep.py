@@ -49,9 +49,7 @@ def run(
         Outputs ``[b, ...]``, or ``[n, b, ...]`` with ``stacked``.
     """
     execution = Execution(program, weights, inputs, stacked=stacked, own_inputs=own_inputs)
-    for node in program.nodes:
-        execution.step(node)
-    return execution.output()
+    return execution.run_all()
 
 
 class Execution:
@@ -97,6 +95,12 @@ class Execution:
             if self.program.last_use.get(name) == node.name:
                 self.values.pop(name, None)
         return lane
+
+    def run_all(self) -> Tensor:
+        """Run every node; the network's output, as ``output`` gives it."""
+        for node in self.program.nodes:
+            self.step(node)
+        return self.output()
 
     def peek(self, node: Node) -> Lane:
         """What the node would put out now; nothing is stored and nothing freed."""

@@ -24,12 +24,12 @@ import torch
 from metamerge import merge
 from metamerge.errors import Unreadable, ZooError
 from zoo.build import build
-from zoo.building import Building
 from zoo.files import is_whole
-from zoo.fitness import check_trainable
 from zoo.recipe import ZooOptions
 from zoo.shards import train_shard
 from zoo.store import load_zoo
+from zoo.trainable import check_trainable
+from zoo.writing import Building
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ZooOptions(

@@ -9,9 +9,9 @@ from torch import nn
 from metamerge.errors import ConfigError
 from metamerge.structure import run
 from zoo.architectures import NORMS, build, factory_of, frozen, program_of, resnet20
-from zoo.fitness import check_trainable
 from zoo.recipe import ZooOptions, factory_for
 from zoo.tasks import load_task
+from zoo.trainable import check_trainable
 
 OWN = """
 import torch

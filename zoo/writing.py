@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 from filelock import FileLock
 
 from metamerge.checkpoints.exchange import exchange
+from metamerge.checkpoints.writing import sync
 from metamerge.errors import ZooError
 from metamerge.weights import Weights
-from zoo.files import UNFINISHED, is_whole, sync, write_bytes, write_json, write_tensors
+from zoo.files import UNFINISHED, is_whole, write_bytes, write_json, write_tensors
 from zoo.store import FORMAT, KINDS, Zoo, files_of, read_manifest
 
 _JOURNAL = "shard-"
@@ -123,11 +124,11 @@ class Building:
             families = len(next(iter(tensors["weights"].values())))
             write_json(self._journal(key), {"key": key, "families": families, **told, **entries})
 
-    def finish(self, groups: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any]) -> Zoo:
+    def finish(self, shards: Mapping[str, Sequence[str]], manifest: Mapping[str, Any]) -> Zoo:
         """Give the finished zoo its name, replacing an older one in one step.
 
         Args:
-            groups: Name of a group -> ``part``, ``members``, ``families`` and ``shards``.
+            shards: Name of a group of families -> keys of its shards, in their order.
             manifest: What the manifest says besides.
 
         Returns:
@@ -136,6 +137,8 @@ class Building:
         Raises:
             ZooError: If it cannot be written.
         """
+        found = self.shards()
+        groups = {name: _group(name, [found[key] for key in keys]) for name, keys in shards.items()}
         files = {entry["file"]: {"sha256": entry["sha256"]} for entry in files_of(groups)}
         with self._writing():
             text = write_json(
@@ -172,6 +175,16 @@ class Building:
                 f"{kept} finished shards are kept in {self.folder}: make room and run the same "
                 "command again, or delete that folder."
             ) from error
+
+
+def _group(name: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """A group of families as the manifest has it."""
+    return {
+        "part": name.rpartition("-k")[0],
+        "members": shards[0]["members"],
+        "families": sum(shard["families"] for shard in shards),
+        "shards": shards,
+    }
 
 
 def _link(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from metamerge.errors import ConfigError
 from metamerge.structure import Execution, Program
-from metamerge.weights import stack
+from metamerge.weights import Weights, stack
 from zoo.architectures import program_of
 
 _CLOSE = 1e-3  # relative: float32 sums in another order, through some fifty layers
@@ -40,8 +40,7 @@ def check_trainable(network: nn.Module, shape: Sequence[int], outputs: int, name
                 f"Architecture {name!r} shares {sorted(program.tied)} between layers. Members are "
                 "trained without shared weights: give every layer its own."
             )
-        weights = stack([network.state_dict()])
-        told = _trained_at_once(program, weights, inputs)
+        told, weights = _two_passes(program, stack([network.state_dict()]), inputs)
         network.train()
         once, again = network(inputs), network(inputs)
         network.eval()
@@ -52,7 +51,7 @@ def check_trainable(network: nn.Module, shape: Sequence[int], outputs: int, name
             "or early stopping instead."
         )
     _check_same(once, told, name)
-    _check_statistics(network, program, weights, inputs, name)
+    _check_statistics(network, weights, name)
     return program
 
 
@@ -74,14 +73,16 @@ def _check_outputs(network: nn.Module, inputs: Tensor, outputs: int, name: str) 
         raise ConfigError(f"Architecture {name!r} puts out NaN or infinity. Mend its init.")
 
 
-def _trained_at_once(program: Program, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
-    """What the trainer's pass puts out for one network, ``[b, outputs]``."""
-    execution = Execution(
-        program, weights, [inputs[None]], stacked=True, own_inputs=True, training=True
-    )
-    for node in program.nodes:
-        execution.step(node)
-    return execution.output()[0]
+def _two_passes(program: Program, start: Weights, inputs: Tensor) -> tuple[Tensor, Weights]:
+    """The trainer's first output ``[b, outputs]``, and weights after two passes ``[1, ...]``."""
+    weights, outputs = {key: tensor.clone() for key, tensor in start.items()}, []
+    for _ in range(2):
+        execution = Execution(
+            program, weights, [inputs[None]], stacked=True, own_inputs=True, training=True
+        )
+        outputs.append(execution.run_all()[0])
+        weights.update(execution.statistics)
+    return outputs[0], weights
 
 
 def _check_same(module: Tensor, told: Tensor, name: str) -> None:
@@ -94,23 +95,8 @@ def _check_same(module: Tensor, told: Tensor, name: str) -> None:
         )
 
 
-def _check_statistics(
-    network: nn.Module,
-    program: Program,
-    start: dict[str, Tensor],
-    inputs: Tensor,
-    name: str,
-) -> None:
+def _check_statistics(network: nn.Module, weights: Weights, name: str) -> None:
     """Running statistics after two passes: those of the module and those of the trainer."""
-    weights = {key: tensor.clone() for key, tensor in start.items()}
-    for _ in range(2):
-        execution = Execution(
-            program, weights, [inputs[None]], stacked=True, own_inputs=True, training=True
-        )
-        with torch.no_grad():
-            for node in program.nodes:
-                execution.step(node)
-        weights.update(execution.statistics)
     for key, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not torch.allclose(
             weights[key][0], tensor, rtol=_CLOSE, atol=1e-5
