@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamerge.alignment import ALIGNMENTS, matching_cost
+from metamerge.alignment.aligning import (
+    align_members,
+    check_align_options,
+    chosen_alignments,
+    listed,
+)
 from metamerge.calibration import Batches, collect
 from metamerge.checkpoints import Checkpoint, Source, read_checkpoints, save_checkpoint
+from metamerge.corrections.batch_norm import normalisations, recalibrate
+from metamerge.corrections.refit import observe
 from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
-from metamerge.network import Given, carried_program, find_network
-from metamerge.refit import observe, refit
-from metamerge.registry import bind, check_options, get_method
-from metamerge.repair import repair
+from metamerge.network import Data, Given, carried_program, find_network
+from metamerge.registry import (
+    Alignment,
+    MergeMethod,
+    Record,
+    bind,
+    check_options,
+    get_correction,
+    get_method,
+)
 from metamerge.structure import Inputs, Layout, PermutationSpec, Program
 from metamerge.weights import (
     Weights,
     check_compatible,
     check_finite,
+    check_statistics,
     stack,
     strip_wrappers,
     unstack,
+    widened,
 )
 
-CORRECTIONS = {"repair": repair, "refit": refit}
 REPORTED = 256  # calibration inputs that the variance ratios of the report are measured on
 
 
@@ -90,8 +104,8 @@ def merge(
     checkpoints: Source | Iterable[Source],
     *,
     method: str = "gnn",
-    align: str | None = "default",
-    correct: str | None = None,
+    align: str | Sequence[str] | None = "default",
+    correct: str | Sequence[str] | None = None,
     model: nn.Module | None = None,
     merger: Any = None,
     batches: Batches | None = None,
@@ -100,17 +114,23 @@ def merge(
     example_inputs: Inputs | None = None,
     seed: int = 0,
     device: str = "auto",
+    align_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Merged:
     """Make one network of K checkpoints.
+
+    Where there are ``batches``, running statistics of batch normalisations are measured anew on
+    them, whatever the method.
 
     Args:
         checkpoints: Paths, folders, state dicts, modules or zoo members, in any mixture; a zoo
             address such as ``zoos/digits#test-k8/3`` stands for all members of a family.
         method: One of ``list_methods()``.
-        align: ``"weight_matching"``, None for members as they are, or ``"default"`` for what the
-            method wants.
-        correct: ``"repair"`` or ``"refit"`` the fused weights on the inputs of ``batches``.
+        align: One of ``list_alignments()`` or several, one after the other, such as
+            ``["canonical", "weight_matching"]``; None for members as they are; ``"default"`` for
+            what the method wants.
+        correct: One of ``list_corrections()``, such as ``"repair"`` or ``"refit"``, or several:
+            what is done to the fused weights on the inputs of ``batches``.
         model: A module of the members' architecture; not needed where a checkpoint carries its
             program, as those of a zoo do, or where a member is a module itself.
         merger: A trained merger, or its folder, for learned methods.
@@ -123,6 +143,7 @@ def merge(
             tuple of them, or a mapping from the names of forward()'s arguments.
         seed: Seed of everything random.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where there is one.
+        align_options: Options of the alignment.
         **options: Options of the method.
 
     Returns:
@@ -144,22 +165,23 @@ def merge(
     clock = time.perf_counter()
     record = get_method(method)
     align = record.align if align == "default" else align
-    _check_choice("align", align, ALIGNMENTS)
-    _check_choice("correct", correct, CORRECTIONS)
+    alignments = chosen_alignments(align)
+    corrections = [get_correction(name) for name in listed(correct)]
     _check_kinds(model=(model, nn.Module), spec=(spec, PermutationSpec), seed=(seed, int))
     check_options(record, options)
-    if correct and batches is None:
+    check_align_options(alignments, align_options or {})
+    if corrections and batches is None:
         raise ConfigError(
             f"correct={correct!r} needs batches=<calibration inputs [b, ...]>; none were given."
         )
     where = _device(device)
     sources = _listed(checkpoints)
     members = [found for source in sources for found in read_checkpoints(source)]
-    named = _checked(members)
+    named = _checked(members, elastic=any(a.elastic for a in alignments))
     report: dict[str, Any] = {
         "method": method,
-        "align": align,
-        "correct": correct,
+        "align": align if align is None or isinstance(align, str) else list(align),
+        "correct": correct if correct is None or isinstance(correct, str) else list(correct),
         "members": [name for name, _ in named],
         "verified": [member.verified for member in members],
         "seed": seed,
@@ -170,29 +192,42 @@ def merge(
         return Merged(same, report, carried_program(members))
 
     data = None if batches is None else collect(batches, labelled=False)
+    if data is None:
+        check_statistics(named)
     learned = _merger(merger) if "merger" in record.resources else None
     layout = None
-    wanted = "layout" in record.required or ("layout" in record.resources and data is not None)
-    if align or correct or wanted:
+    if _needs_network(record, alignments, corrections, data, named):
         given = Given(members, sources, model, data, learned, example_inputs, spec)
-        layout, named = find_network(given, named)
+        layout, named = find_network(given, named, elastic=any(a.elastic for a in alignments))
     resources = {
         "layout": layout,
         "merger": learned,
         "batches": data if data is None or data[1] is not None else data[0],
+        "labels": None if data is None else data[1],
         "base": _base(base, named),
         "generator": torch.Generator().manual_seed(seed),
+        "report": {},
     }
-    arguments = bind(record, resources, options)
-    aligned = _aligned([weights for _, weights in named], layout, align, report)
+    arguments = _on(bind(record, resources, options), where)
+    aligned = [_to(weights, where) for _, weights in named]
+    if alignments:
+        at_hand = _on({k: resources[k] for k in ("batches", "generator")}, where)
+        aligned, told = align_members(
+            aligned, layout, align, resources=at_hand, options=align_options
+        )
+        report["alignment"] = told
+        ends = {"matching_cost": told[-1], "matching_cost_before": told[0]}
+        report.update({name: end[name] for name, end in ends.items() if name in end})
     with torch.no_grad():
-        fused = record.function([_to(w, where) for w in aligned], **_on(arguments, where))
-        if correct:
-            fused = _corrected(fused, aligned, layout, data[0], correct)
+        fused = record.function(aligned, **arguments)
+        fused = _corrected(fused, aligned, layout, data, corrections, report)
+    if resources["report"]:
+        report["chosen"] = resources["report"]
     fused = _finished(fused, named, layout)
     if layout and layout.program and data and len(data[0]) > 1:  # one input has no variance
         try:
-            report["variance_ratio"] = _variance_ratio(fused, aligned, layout, data[0][:REPORTED])
+            inputs = data[0][:REPORTED]
+            report["variance_ratio"] = _variance_ratio(fused, aligned, layout, inputs)
         except StructureError as error:  # aligned and averaged all the same
             report["variance_ratio"] = f"not measured: {error}"
     report["parameters"] = sum(t.numel() for t in fused.values() if t.is_floating_point())
@@ -200,9 +235,18 @@ def merge(
     return Merged(fused, report, (layout and layout.program) or carried_program(members))
 
 
-def _check_choice(name: str, value: str | None, known: Mapping[str, Any]) -> None:
-    if value is not None and value not in list(known):
-        raise ConfigError(f"{name}: got {value!r}, expected None or one of {sorted(known)}.")
+def _needs_network(
+    record: MergeMethod,
+    alignments: list[Alignment],
+    corrections: list[Record],
+    data: Data | None,
+    named: list[tuple[str, Weights]],
+) -> bool:
+    """Whether anything has to know how the tensors hang together."""
+    if alignments or corrections or "layout" in record.required:
+        return True
+    normalised = any(key.endswith("running_var") for key in named[0][1])
+    return data is not None and ("layout" in record.resources or normalised)
 
 
 def _check_kinds(**given: tuple[Any, type]) -> None:
@@ -226,9 +270,9 @@ def _listed(checkpoints: Any) -> list[Any]:
     return sources
 
 
-def _checked(members: list[Checkpoint]) -> list[tuple[str, Weights]]:
+def _checked(members: list[Checkpoint], *, elastic: bool) -> list[tuple[str, Weights]]:
     named = strip_wrappers([(member.name, member.weights) for member in members])
-    check_compatible(named)
+    check_compatible(named, widths=not elastic)
     for index, (name, weights) in enumerate(named):
         check_finite(f"checkpoints[{index}] ({name})", weights)
     return named
@@ -252,34 +296,36 @@ def _base(base: Source | None, named: list[tuple[str, Weights]]) -> Weights | No
     return pair[1][1]
 
 
-def _aligned(
-    weights: list[Weights], layout: Layout | None, align: str | None, report: dict[str, Any]
-) -> list[Weights]:
-    if align is None or layout is None:
-        return weights
-    spec = layout.spec
-    stacked = {key: t[None] for key, t in stack([_wide(w) for w in weights]).items()}  # [1, m, ...]
-    perm = ALIGNMENTS[align](stacked, spec)
-    report["matching_cost"] = float(matching_cost(stacked, spec, perm))
-    report["matching_cost_before"] = float(matching_cost(stacked, spec, spec.identity()))
-    return [
-        spec.permute(own, {group: index[0, m] for group, index in perm.items()})
-        for m, own in enumerate(weights)
-    ]
-
-
-def _wide(weights: Weights) -> Weights:
-    """Floating tensors in float32, so that members of different dtypes can be stacked."""
-    return {key: t.float() if t.is_floating_point() else t for key, t in weights.items()}
-
-
 def _corrected(
-    fused: Weights, aligned: list[Weights], layout: Layout, inputs: Tensor, correct: str
+    fused: Weights,
+    aligned: list[Weights],
+    layout: Layout | None,
+    data: Data | None,
+    corrections: list[Record],
+    report: dict[str, Any],
 ) -> Weights:
+    """Corrections in their order, and then running statistics of the fused network's own."""
+    if data is None or layout is None or layout.program is None:
+        return fused
     device = next(iter(fused.values())).device
-    members = {k: t[None].to(device) for k, t in stack([_wide(w) for w in aligned]).items()}
-    start = {k: t[None] for k, t in _wide(fused).items()}
-    return unstack(CORRECTIONS[correct](start, members, layout, inputs.to(device)))[0]
+    inputs, labels = (None if t is None else t.to(device) for t in data)
+    corrected = {key: tensor[None] for key, tensor in widened([fused])[0].items()}
+    members = {k: t[None] for k, t in stack(widened(aligned)).items()} if corrections else {}
+    for record in corrections:
+        told: dict[str, Any] = {}
+        resources = {"labels": labels, "report": told}
+        corrected = record.function(
+            corrected, members, layout, inputs, **bind(record, resources, {})
+        )
+        if told:
+            report[record.name] = told
+    normalised = any(True for _ in normalisations(layout.program))
+    if not corrections and not normalised:
+        return fused
+    if normalised:
+        corrected = recalibrate(corrected, layout.program, inputs)
+        report["batch_norm"] = f"running statistics measured anew on {len(inputs)} inputs"
+    return unstack(corrected)[0]
 
 
 def _finished(fused: Weights, named: list[tuple[str, Weights]], layout: Layout | None) -> Weights:
@@ -304,10 +350,8 @@ def _variance_ratio(
 ) -> dict[str, float]:
     """Variance of the fused pre-activations over the members' mean, per layer; 1 is healthy."""
     with torch.no_grad():
-        members = observe(
-            {k: t[None] for k, t in stack([_wide(w) for w in aligned]).items()}, layout, inputs
-        )
-        own = observe({k: t[None, None] for k, t in _wide(fused).items()}, layout, inputs)
+        members = observe({k: t[None] for k, t in stack(widened(aligned)).items()}, layout, inputs)
+        own = observe({k: t[None, None] for k, t in widened([fused])[0].items()}, layout, inputs)
     return {
         layer.weight: float(
             own[layer.node].var(2).mean() / members[layer.node].var(2).mean().clamp_min(1e-12)

@@ -61,7 +61,7 @@ class Given:
 
 
 def find_network(
-    given: Given, named: list[tuple[str, Weights]]
+    given: Given, named: list[tuple[str, Weights]], *, elastic: bool = False
 ) -> tuple[Layout, list[tuple[str, Weights]]]:
     """The weight graph of the network, and the members in its names.
 
@@ -70,6 +70,7 @@ def find_network(
     Args:
         given: What says what network it is.
         named: Pairs of a member's name and its weights.
+        elastic: Whether members may differ from the network in their widths.
 
     Returns:
         The layout and the pairs.
@@ -87,10 +88,11 @@ def find_network(
         if given.spec is None or given.model is None or inputs is None:
             raise
         return _by_hand(given.model, inputs, given.spec, named[0]), named
-    named = fit_members(named, program)
+    named = fit_members(named, program, elastic=elastic)
     if given.data is not None:
         check_fit(program, given.data[0])
-    return find_layout(program, given.spec, named[0]), named
+    fitting = next((pair for pair in named if _fits(pair[1], program)), named[0])
+    return find_layout(program, given.spec, fitting), named
 
 
 def find_program(given: Given) -> Program:
@@ -153,12 +155,20 @@ def _by_hand(
     return Layout(None, spec)
 
 
-def fit_members(named: list[tuple[str, Weights]], program: Program) -> list[tuple[str, Weights]]:
+def _fits(weights: Weights, program: Program) -> bool:
+    shapes = {key: tuple(program.shapes[value]) for value, key in program.parameters.items()}
+    return all(tuple(weights[key].shape) == shape for key, shape in shapes.items())
+
+
+def fit_members(
+    named: list[tuple[str, Weights]], program: Program, *, elastic: bool = False
+) -> list[tuple[str, Weights]]:
     """The members in the network's names, with ties completed.
 
     Args:
         named: Pairs of a member's name and its weights.
         program: The network.
+        elastic: Whether members may differ from it in their widths; one has to be of its own.
 
     Returns:
         The pairs, in new dicts.
@@ -168,19 +178,22 @@ def fit_members(named: list[tuple[str, Weights]], program: Program) -> list[tupl
     """
     known = {*program.parameters.values(), *program.tied, *program.untraced}
     named = strip_wrappers([("the model", dict.fromkeys(known)), *named])[1:]
-    return [
-        (name, _own(f"checkpoints[{index}] ({name})", weights, program, known))
+    own = [
+        (name, _own(f"checkpoints[{index}] ({name})", weights, program, known, elastic))
         for index, (name, weights) in enumerate(named)
     ]
+    if elastic and not any(_fits(weights, program) for _, weights in own):
+        program.check_weights(f"checkpoints[0] ({own[0][0]})", own[0][1])
+    return own
 
 
-def _own(name: str, weights: Weights, program: Program, known: set[str]) -> Weights:
+def _own(name: str, weights: Weights, program: Program, known: set[str], elastic: bool) -> Weights:
     weights = dict(weights)
     for alias, key in program.tied.items():  # a file may hold a shared tensor once, by either name
         for one, other in ((alias, key), (key, alias)):
             if one not in weights and other in weights:
                 weights[one] = weights[other]
-    program.check_weights(name, weights)
+    program.check_weights(name, weights, widths=not elastic)
     unknown = sorted(set(weights) - known)
     if unknown:
         raise StructureError(

@@ -96,6 +96,21 @@ def unstack(stacked: Weights) -> list[Weights]:
     return [dict(zip(stacked, member, strict=True)) for member in zip(*columns, strict=True)]
 
 
+def widened(weights: Sequence[Weights]) -> list[Weights]:
+    """Bring floating tensors to float32, so that members of different dtypes can be stacked.
+
+    Args:
+        weights: One state dict per member.
+
+    Returns:
+        One dict per member; tensors that are float32 already, or not floating, are not copied.
+    """
+    return [
+        {k: t.to(torch.float32) if t.is_floating_point() else t for k, t in member.items()}
+        for member in weights
+    ]
+
+
 def reorder(weights: Weights, like: Weights) -> Weights:
     """Put names into the order of other weights, so that flattened vectors correspond.
 
@@ -136,13 +151,14 @@ def strip_wrappers(named: Sequence[tuple[str, Weights]]) -> list[tuple[str, Weig
     return list(named)
 
 
-def check_compatible(named: Sequence[tuple[str, Weights]]) -> None:
+def check_compatible(named: Sequence[tuple[str, Weights]], *, widths: bool = True) -> None:
     """Check that all members have the names, shapes and kinds of dtype of the first.
 
     Floating dtypes may differ from each other; all other dtypes must be equal.
 
     Args:
         named: Pairs of a member's name and its weights.
+        widths: Whether the lengths of axes must agree; otherwise only their number.
 
     Raises:
         ConfigError: If there is no member.
@@ -157,7 +173,7 @@ def check_compatible(named: Sequence[tuple[str, Weights]]) -> None:
         if weights.keys() != expected.keys():
             raise IncompatibleWeights(f"{where}: {_key_differences(weights, expected, first)}")
         for key, tensor in weights.items():
-            difference = _difference(tensor, expected[key], first)
+            difference = _difference(tensor, expected[key], first, widths)
             if difference:
                 raise IncompatibleWeights(f"{where}: {key!r} has {difference}")
 
@@ -181,6 +197,26 @@ def check_finite(name: str, weights: Weights) -> None:
                 f"({nan} NaN, {bad - nan} infinite). Leave this checkpoint out, or save it again "
                 f"from before its training diverged."
             )
+
+
+def check_statistics(named: Sequence[tuple[str, Weights]]) -> None:
+    """Refuse running variances below 0, which turn a network's outputs into NaN.
+
+    Args:
+        named: Pairs of a member's name and its weights.
+
+    Raises:
+        NonFinite: At the first such tensor.
+    """
+    for index, (name, weights) in enumerate(named):
+        for key, tensor in weights.items():
+            if key.endswith("running_var") and bool((tensor < 0).any()):
+                raise NonFinite(
+                    f"checkpoints[{index}] ({name}): {key!r} holds {int((tensor < 0).sum())} "
+                    f"variances below 0 of {tensor.numel()}, the lowest {float(tensor.min()):.3g}. "
+                    f"Pass batches=<calibration inputs> to have them measured anew, or leave this "
+                    f"checkpoint out."
+                )
 
 
 def _floating(weights: Weights) -> list[tuple[str, Tensor]]:
@@ -215,10 +251,10 @@ def _listed(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:_LISTED]) + more
 
 
-def _difference(tensor: Tensor, expected: Tensor, owner: str) -> str | None:
+def _difference(tensor: Tensor, expected: Tensor, owner: str, widths: bool) -> str | None:
     """Say how shape or dtype differ from what is expected; None if they agree."""
     shape, other = tuple(tensor.shape), tuple(expected.shape)
-    if shape != other:
+    if (shape != other) if widths else (len(shape) != len(other)):
         return f"shape {shape}, {owner} has {other}. {_shape_advice(shape, other)}"
     both_float = tensor.is_floating_point() and expected.is_floating_point()
     if tensor.dtype != expected.dtype and not both_float:
@@ -231,5 +267,5 @@ def _shape_advice(shape: tuple[int, ...], other: tuple[int, ...]) -> str:
     if shape == other[::-1]:
         return "It looks transposed: transpose it in one of the two files."
     if len(shape) == len(other) and prod(shape) != prod(other):
-        return "Merge models of one width."
+        return 'Merge models of one width, or use align="optimal_transport".'
     return "Merge models of one architecture."

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from metamerge import merge, registry
 from metamerge.alignment import weight_matching
 from metamerge.checkpoints import Checkpoint, save_checkpoint
+from metamerge.corrections.refit import refit
+from metamerge.corrections.repair import repair
 from metamerge.errors import (
     ConfigError,
     IncompatibleWeights,
@@ -30,9 +32,7 @@ from metamerge.errors import (
 )
 from metamerge.mergers.files import save_merger
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
-from metamerge.refit import refit
 from metamerge.registry import merge_method
-from metamerge.repair import repair
 from metamerge.structure import (
     Factor,
     Layout,
@@ -753,7 +753,8 @@ def test_a_missing_option_is_named(plain):
     ("argument", "value", "told"),
     [
         ("align", "git_rebasin", ("'git_rebasin'", "None", "'weight_matching'")),
-        ("align", ["weight_matching"], ("None", "'weight_matching'")),
+        ("align", 5, ("5", "'weight_matching'")),
+        ("align", ["weight_matching", "x"], ("'x'", "None", "'weight_matching'")),
         ("correct", "retrain", ("'retrain'", "'refit'", "'repair'")),
         ("device", "gpu", ("'gpu'", "'cuda'", "'cpu'")),
         ("model", nn.Linear, ("expected Module",)),

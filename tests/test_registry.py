@@ -189,5 +189,7 @@ def test_an_option_may_be_none():
 
 
 def test_every_resource_has_a_way_to_be_given():
-    assert RESOURCES.keys() == {"base", "layout", "batches", "generator", "merger"}
+    assert RESOURCES.keys() == {
+        *("base", "layout", "batches", "labels", "generator", "merger", "report")
+    }
     assert all("pass " in way for way in RESOURCES.values())

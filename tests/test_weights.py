@@ -149,7 +149,8 @@ def test_members_of_another_width_are_named_with_the_way_out():
     )
     assert text == (
         "checkpoints[1] (b.safetensors): 'conv1.weight' has shape (64, 3, 3, 3), "
-        "checkpoints[0] (a.safetensors) has (32, 3, 3, 3). Merge models of one width."
+        "checkpoints[0] (a.safetensors) has (32, 3, 3, 3). Merge models of one width, or use "
+        'align="optimal_transport".'
     )
 
 

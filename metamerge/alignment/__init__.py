@@ -1,14 +1,12 @@
 """Alignment: put the units of all members into one common order of slots.
 
-An alignment takes stacked families, every tensor ``[f, m, ...]``, and a permutation spec, and
-returns a ``Permutation`` ``[f, m, n]`` per group. It never changes weights: ``spec.permute`` does.
+Most alignments take stacked families, every tensor ``[f, m, ...]``, and a permutation spec, and
+return a ``Permutation`` ``[f, m, n]`` per group; they never change weights, ``spec.permute`` does.
+Those that do more than permute (transport, changes of scale) take members and return new ones.
+``align_members`` is the one way to call either.
 """
 
-from collections.abc import Callable
-
+from metamerge.alignment.aligning import align_members
 from metamerge.alignment.weight_matching import matching_cost, medoid, weight_matching
-from metamerge.structure import Permutation
 
-ALIGNMENTS: dict[str, Callable[..., Permutation]] = {"weight_matching": weight_matching}
-
-__all__ = ["ALIGNMENTS", "matching_cost", "medoid", "weight_matching"]
+__all__ = ["align_members", "matching_cost", "medoid", "weight_matching"]

@@ -18,6 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from metamerge.registry import alignment
 from metamerge.structure import Permutation, PermutationSpec
 from metamerge.weights import Weights
 
@@ -27,6 +28,7 @@ _CACHED = 2**20  # numbers of as many families as are matched side by side: they
 _ROUNDING = 1e-12  # relative: what inner products of equally good permutations may differ by
 
 
+@alignment(paper="arXiv:2209.04836")
 def weight_matching(weights: Weights, spec: PermutationSpec, *, sweeps: int = 30) -> Permutation:
     """Permute every member's units to bring all members close to their common mean.
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metamerge.corrections.refit import Target, construct, mixed_target, observe
 from metamerge.errors import IncompatibleWeights
 from metamerge.mergers.messages import MessageRound
 from metamerge.mergers.tokens import CLASS_FEATURES, UNIT_FEATURES, class_tokens, unit_tokens
-from metamerge.refit import Target, construct, mixed_target, observe
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.weights import Weights
 

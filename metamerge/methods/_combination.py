@@ -51,21 +51,6 @@ def restore(fused: Weights, weights: Sequence[Weights]) -> Weights:
     }
 
 
-def widened(weights: Sequence[Weights]) -> list[Weights]:
-    """Bring floating tensors to float32, for networks and mergers that compute in it.
-
-    Args:
-        weights: One state dict per member.
-
-    Returns:
-        One dict per member; tensors that are float32 already, or not floating, are not copied.
-    """
-    return [
-        {k: t.to(torch.float32) if t.is_floating_point() else t for k, t in member.items()}
-        for member in weights
-    ]
-
-
 def _dtypes(weights: Sequence[Weights]) -> dict[str, torch.dtype]:
     """Common dtype of every floating tensor."""
     return {

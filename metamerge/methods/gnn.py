@@ -9,10 +9,10 @@ from torch import nn
 
 from metamerge.calibration import Batches, collect
 from metamerge.errors import ConfigError
-from metamerge.methods._combination import combine, restore, widened
+from metamerge.methods._combination import combine, restore
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
-from metamerge.weights import Weights, stack
+from metamerge.weights import Weights, stack, widened
 
 
 @merge_method()

@@ -166,12 +166,13 @@ class Program:
                 "data can only be used with a forward() that returns one row per row of inputs."
             )
 
-    def check_weights(self, name: str, weights: Weights) -> None:
+    def check_weights(self, name: str, weights: Weights, *, widths: bool = True) -> None:
         """Refuse weights that are not those of this network.
 
         Args:
             name: Where the weights came from, for the message.
             weights: State dict of one network.
+            widths: Whether the lengths of axes must agree, too.
 
         Raises:
             StructureError: If a tensor is missing or has another shape.
@@ -182,7 +183,7 @@ class Program:
                     f"{name}: tensor {key!r} is missing; the network reads "
                     f"{sorted(self.parameters.values())}. Pass the model these weights belong to."
                 )
-            if tuple(weights[key].shape) != self.shapes[value]:
+            if widths and tuple(weights[key].shape) != self.shapes[value]:
                 raise StructureError(
                     f"{name}: {key!r} has shape {tuple(weights[key].shape)}, the network has "
                     f"{self.shapes[value]}. Pass the model these weights belong to."

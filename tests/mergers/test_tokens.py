@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from metamerge.corrections.refit import observe
 from metamerge.mergers.tokens import (
     BOUND,
     CLASS_FEATURES,
@@ -11,7 +12,6 @@ from metamerge.mergers.tokens import (
     class_tokens,
     unit_tokens,
 )
-from metamerge.refit import observe
 from metamerge.structure import OUTPUTS, Layout, discover_program, trace
 
 

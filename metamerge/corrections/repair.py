@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metamerge.refit import fold, unit_rows
+from metamerge.corrections.refit import fold, unit_rows
+from metamerge.registry import correction
 from metamerge.structure import OUTPUTS, Execution, Layer, Layout
 from metamerge.weights import Weights
 
@@ -25,6 +26,7 @@ class _Moments(NamedTuple):
     spread: Tensor
 
 
+@correction(paper="arXiv:2211.08403")
 def repair(fused: Weights, members: Weights, layout: Layout, inputs: Tensor) -> Weights:
     """Rescale and shift the pre-activations of fused weights to their members' mean statistics.
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metamerge.registry import correction
 from metamerge.structure import Execution, Layer, Layout
 from metamerge.structure.lockstep import Lane
 from metamerge.structure.program import Node
@@ -35,6 +36,7 @@ Targets = Callable[[Layer, Tensor], Target]
 """Layer and members' pre-activations ``[f, m, r, o]`` -> target."""
 
 
+@correction()
 def refit(
     fused: Weights,
     members: Weights,

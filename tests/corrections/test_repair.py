@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from metamerge.refit import unit_rows
-from metamerge.repair import repair
+from metamerge.corrections.refit import unit_rows
+from metamerge.corrections.repair import repair
 from metamerge.structure import Execution, Layout, discover_program, run, trace
 
 

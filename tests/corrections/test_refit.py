@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from metamerge.refit import (
+from metamerge.corrections.refit import (
     Target,
     construct,
     fold,
@@ -567,7 +567,7 @@ def test_refit_in_halves_is_refit(mlp):
 
 
 def test_rows_beyond_the_limit_are_drawn_alike_every_time(setting, monkeypatch):
-    monkeypatch.setattr("metamerge.refit.MAX_ROWS", 40)
+    monkeypatch.setattr("metamerge.corrections.refit.MAX_ROWS", 40)
     results = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -579,7 +579,7 @@ def test_rows_beyond_the_limit_are_drawn_alike_every_time(setting, monkeypatch):
 
 def test_rows_beyond_the_limit_are_the_same_on_both_sides_of_the_regression(setting, monkeypatch):
     # Rows of targets and of inputs that did not belong together would move identical members.
-    monkeypatch.setattr("metamerge.refit.MAX_ROWS", 40)
+    monkeypatch.setattr("metamerge.corrections.refit.MAX_ROWS", 40)
     members = {k: t.repeat_interleave(3, 1) for k, t in setting.draw(FAMILIES, 1).items()}
     start = averaged(members)
     fitted = refit(start, members, setting.layout, setting.inputs)
