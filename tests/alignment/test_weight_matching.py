@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from metamerge.alignment import ALIGNMENTS, matching_cost, medoid, weight_matching
+from metamerge.alignment import matching_cost, medoid, weight_matching
 from metamerge.alignment.weight_matching import _to_each_other
+from metamerge.registry import get_alignment
 from metamerge.structure import Factor, PermutationSpec, discover_program, run, trace
 
 DRAWS = 20
@@ -388,4 +389,4 @@ def test_a_network_without_groups_has_nothing_to_permute():
 
 
 def test_the_alignment_is_found_by_its_name():
-    assert ALIGNMENTS["weight_matching"] is weight_matching
+    assert get_alignment("weight_matching").function is weight_matching
