@@ -18,8 +18,8 @@ from metamerge.alignment.aligning import (
     listed,
 )
 from metamerge.calibration import Batches, collect
-from metamerge.checkpoints import Checkpoint, Source, read_checkpoints, save_checkpoint
-from metamerge.corrections.batch_norm import normalisations, recalibrate
+from metamerge.checkpoints import Source, save_checkpoint
+from metamerge.corrections.correcting import correct_fused
 from metamerge.corrections.refit import observe
 from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
 from metamerge.network import Data, Given, carried_program, find_network
@@ -32,15 +32,13 @@ from metamerge.registry import (
     get_correction,
     get_method,
 )
+from metamerge.sources import choose_device, read_base, read_members, read_merger
 from metamerge.structure import Inputs, Layout, PermutationSpec, Program
 from metamerge.weights import (
     Weights,
-    check_compatible,
     check_finite,
     check_statistics,
     stack,
-    strip_wrappers,
-    unstack,
     widened,
 )
 
@@ -174,10 +172,14 @@ def merge(
         raise ConfigError(
             f"correct={correct!r} needs batches=<calibration inputs [b, ...]>; none were given."
         )
-    where = _device(device)
-    sources = _listed(checkpoints)
-    members = [found for source in sources for found in read_checkpoints(source)]
-    named = _checked(members, elastic=any(a.elastic for a in alignments))
+    if alignments and "base" in record.required:
+        raise ConfigError(
+            f"align={align!r}: {method} reads members as changes of their base, and permuting them "
+            "would take them away from it. Leave align out, or pass align=None."
+        )
+    where = choose_device(device)
+    elastic = any(record.elastic for record in alignments)
+    sources, members, named = read_members(checkpoints, elastic=elastic)
     report: dict[str, Any] = {
         "method": method,
         "align": align if align is None or isinstance(align, str) else list(align),
@@ -194,17 +196,17 @@ def merge(
     data = None if batches is None else collect(batches, labelled=False)
     if data is None:
         check_statistics(named)
-    learned = _merger(merger) if "merger" in record.resources else None
+    learned = read_merger(merger) if "merger" in record.resources else None
     layout = None
     if _needs_network(record, alignments, corrections, data, named):
         given = Given(members, sources, model, data, learned, example_inputs, spec)
-        layout, named = find_network(given, named, elastic=any(a.elastic for a in alignments))
+        layout, named = find_network(given, named, elastic=elastic)
     resources = {
         "layout": layout,
         "merger": learned,
         "batches": data if data is None or data[1] is not None else data[0],
         "labels": None if data is None else data[1],
-        "base": _base(base, named),
+        "base": read_base(base, named),
         "generator": torch.Generator().manual_seed(seed),
         "report": {},
     }
@@ -220,7 +222,9 @@ def merge(
         report.update({name: end[name] for name, end in ends.items() if name in end})
     with torch.no_grad():
         fused = record.function(aligned, **arguments)
-        fused = _corrected(fused, aligned, layout, data, corrections, report)
+        if data and layout and layout.program:
+            here = tuple(None if t is None else t.to(where) for t in data)
+            fused, report["corrections"] = correct_fused(fused, aligned, layout, here, corrections)
     if resources["report"]:
         report["chosen"] = resources["report"]
     fused = _finished(fused, named, layout)
@@ -257,77 +261,6 @@ def _check_kinds(**given: tuple[Any, type]) -> None:
             )
 
 
-def _listed(checkpoints: Any) -> list[Any]:
-    """One source stands for itself; anything else that can be walked through holds sources."""
-    if isinstance(checkpoints, str | os.PathLike | nn.Module | Mapping | Checkpoint):
-        return [checkpoints]
-    advice = "Pass at least one path, state dict or module."
-    if not isinstance(checkpoints, Iterable):
-        raise ConfigError(f"checkpoints: got {checkpoints!r}. {advice}")
-    sources = list(checkpoints)
-    if not sources:
-        raise ConfigError(f"checkpoints: got none. {advice}")
-    return sources
-
-
-def _checked(members: list[Checkpoint], *, elastic: bool) -> list[tuple[str, Weights]]:
-    named = strip_wrappers([(member.name, member.weights) for member in members])
-    check_compatible(named, widths=not elastic)
-    for index, (name, weights) in enumerate(named):
-        check_finite(f"checkpoints[{index}] ({name})", weights)
-    return named
-
-
-def _merger(merger: Any) -> Any:
-    if isinstance(merger, str | os.PathLike):
-        from metamerge.mergers import load_merger  # torch_geometric takes a second to import
-
-        return load_merger(merger)
-    return merger
-
-
-def _base(base: Source | None, named: list[tuple[str, Weights]]) -> Weights | None:
-    if base is None:
-        return None
-    found = read_checkpoints(base)[0]
-    pair = strip_wrappers([named[0], (f"base, {found.name}", found.weights)])
-    check_compatible(pair)
-    check_finite(*pair[1])
-    return pair[1][1]
-
-
-def _corrected(
-    fused: Weights,
-    aligned: list[Weights],
-    layout: Layout | None,
-    data: Data | None,
-    corrections: list[Record],
-    report: dict[str, Any],
-) -> Weights:
-    """Corrections in their order, and then running statistics of the fused network's own."""
-    if data is None or layout is None or layout.program is None:
-        return fused
-    device = next(iter(fused.values())).device
-    inputs, labels = (None if t is None else t.to(device) for t in data)
-    corrected = {key: tensor[None] for key, tensor in widened([fused])[0].items()}
-    members = {k: t[None] for k, t in stack(widened(aligned)).items()} if corrections else {}
-    for record in corrections:
-        told: dict[str, Any] = {}
-        resources = {"labels": labels, "report": told}
-        corrected = record.function(
-            corrected, members, layout, inputs, **bind(record, resources, {})
-        )
-        if told:
-            report[record.name] = told
-    normalised = any(True for _ in normalisations(layout.program))
-    if not corrections and not normalised:
-        return fused
-    if normalised:
-        corrected = recalibrate(corrected, layout.program, inputs)
-        report["batch_norm"] = f"running statistics measured anew on {len(inputs)} inputs"
-    return unstack(corrected)[0]
-
-
 def _finished(fused: Weights, named: list[tuple[str, Weights]], layout: Layout | None) -> Weights:
     """Back to the CPU, the members' dtype and ties, and nothing that is not finite."""
     kinds = {key: _promoted([weights[key] for _, weights in named]) for key in named[0][1]}
@@ -358,18 +291,6 @@ def _variance_ratio(
         )
         for layer in layout.layers
     }
-
-
-def _device(device: str) -> torch.device:
-    there = torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda" if there else "cpu")
-    kind = str(device).partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device: got {device!r}, expected 'auto', 'cpu' or 'cuda'.")
-    if kind == "cuda" and not there:
-        raise ConfigError(f"device: got {device!r}, but torch sees no GPU here. Use 'cpu'.")
-    return torch.device(device)
 
 
 def _to(weights: Weights, device: torch.device) -> Weights:
