@@ -302,6 +302,22 @@ def _batch_norm(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tens
     return value * scale.reshape(shape) + shift.reshape(shape)
 
 
+def _group_norm(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Normalise all networks as one batch; vmap cannot where channels come last in memory."""
+    x, groups = args[0], args[1].value
+    given = dict(zip(("weight", "bias", "eps"), args[2:5], strict=False))
+    eps = given["eps"].value if "eps" in given else 1e-5
+    rows = x.value.flatten(0, 1) if x.stacked else x.value
+    y = F.group_norm(rows.contiguous(), groups, eps=eps)
+    y = y.unflatten(0, x.value.shape[:2]) if x.stacked else y[None]  # [n, b, c, ...]
+    for name, change in (("weight", torch.mul), ("bias", torch.add)):
+        if name in given and given[name].value is not None:
+            value = given[name].value  # [n, c], or [c] where all networks share it
+            lead = value.shape[:-1] + (1,) * (2 - len(value.shape[:-1]))
+            y = change(y, value.reshape(*lead, -1, *[1] * (y.ndim - 3)))
+    return y
+
+
 def _reshape(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
     x = args[0].value
     return x.reshape(x.shape[0], *args[1].value)
@@ -328,5 +344,6 @@ BATCHED: dict[str, Callable[[str, tuple[Lane, ...], dict[str, Any]], Tensor | No
     "linear.default": _linear,
     "batch_norm.default": _batch_norm,
     "flatten.using_ints": _flatten,
+    "group_norm.default": _group_norm,
     "reshape.default": _reshape,
 }

@@ -8,6 +8,7 @@ from torch import nn
 
 from evaluation.benchmarks.architectures import OWN, TRANSFORMERS
 from metamerge.structure import Execution, run, trace
+from metamerge.weights import stack
 
 COUNT = 3  # networks that run side by side
 
@@ -357,3 +358,20 @@ def test_made_tensors_and_constants_are_shared_by_all_networks(rows):
     found = run(program, weights, [x], stacked=True)
     expected = [torch.func.functional_call(model, member(weights, n), (x,)) for n in range(COUNT)]
     torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_groups_are_normalised_behind_convolutions_whose_channels_come_last(affine):
+    first = nn.GroupNorm(1, 3, affine=affine)  # its input is shared by all networks
+    model = nn.Sequential(first, nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8, 1e-3), nn.ReLU())
+    inputs = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    program = trace(model, inputs)
+    generator = torch.Generator().manual_seed(1)
+    weights = [
+        {k: torch.randn(t.shape, generator=generator) for k, t in model.state_dict().items()}
+        for _ in range(3)
+    ]
+    found = run(program, stack(weights), [inputs], stacked=True)
+    for own, expected in zip(found, weights, strict=True):
+        model.load_state_dict(expected)
+        torch.testing.assert_close(own, model(inputs), rtol=1e-4, atol=1e-4)
