@@ -47,7 +47,7 @@ class Drawn(Mapping[str, Tensor]):
         if kind == "var":
             return tensor.abs_().add_(0.5)
         if tensor.ndim > 1:
-            fan_in = max(1, tensor[0].numel())
+            fan_in = max(1, tensor.shape[1:].numel())
             return tensor.abs_().div_(fan_in) if self.positive else tensor.div_(fan_in**0.5)
         if not self.positive:
             return tensor

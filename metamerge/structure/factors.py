@@ -67,7 +67,7 @@ def axis_factors(axis: AxisSpec) -> Iterator[Factor]:
 def axis_places(axis: AxisSpec) -> Iterator[Place]:
     """Every permuted factor of an axis with its labels and strides."""
     size, inner = axis_length(axis), axis_length(axis)
-    for factor in axis:
+    for factor in axis if size else ():  # an axis without entries permutes nothing
         inner //= factor.size
         if isinstance(factor, Concat):
             yield from _places_of_parts(factor, size, inner)

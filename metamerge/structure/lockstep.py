@@ -119,7 +119,7 @@ class Execution:
         x = x if args[0].stacked else x.expand(n, *x.shape)
         keys = [self.program.parameters[node.args[position].name] for position in (3, 4)]
         known = [
-            self.statistics.get(key, lane.value).flatten().clone()  # changed in place by torch
+            self.statistics.get(key, lane.value).detach().flatten().clone()  # torch changes it
             for key, lane in zip(keys, args[3:5], strict=True)
         ]
         affine = (None if t is None else t.flatten() for t in (weight, bias))

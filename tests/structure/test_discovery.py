@@ -467,3 +467,20 @@ def test_any_sequential_network_keeps_its_function_under_its_permutations(
     expected = network.outputs(weights, inputs)
     found = network.outputs(spec.permute(weights, perm), inputs)
     assert float((found - expected).abs().max()) < SAME * (1 + float(expected.abs().max()))
+
+
+class Extended(nn.Module):
+    """Reads a tensor without any entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+
+    def forward(self, x):
+        return self.head(torch.relu(self.hidden(torch.cat([x, self.empty])[: len(x)])))
+
+
+def test_a_tensor_without_entries_is_in_nobodys_way():
+    spec = discover(Extended(), torch.randn(3, 4))
+    assert list(spec.groups.values()) == [8]
