@@ -59,6 +59,8 @@ def discover_program(program: Program, *, partial: bool = False) -> PermutationS
     if key not in _SPECS:
         walk = Walk(program, partial)
         spec = walk.spec()
+        for group in [g for g, units in spec.groups.items() if not units]:
+            spec = spec.without(group, "it has no units")
         spec = find_scalings(program, spec, walk.carried(spec))
         while failure := find_failure(program, spec):
             if failure.scaling is not None:  # a change of scale is recorded where it is proved
