@@ -3,10 +3,16 @@ from itertools import pairwise, permutations
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from metamerge.alignment import matching_cost, medoid, weight_matching
-from metamerge.alignment.weight_matching import _to_each_other
+from metamerge.alignment.assignment import assign, reassign
+from metamerge.alignment.barycentre import to_each_other
+from metamerge.alignment.medoid import distances
+from metamerge.alignment.plan import Plan
+from metamerge.alignment.weight_matching import _member
+from metamerge.errors import ConfigError
 from metamerge.registry import get_alignment
 from metamerge.structure import Factor, PermutationSpec, discover_program, run, trace
 
@@ -139,6 +145,19 @@ def objective(members, spec, perm):
     return total
 
 
+def one_pass(weights, spec, perm):
+    """Permutations after one pass of the second stage, over all members and groups."""
+    aligned = {key: tensor.double() for key, tensor in spec.permute(weights, perm).items()}
+    aligned = {key: aligned[key] for key in spec.axes}
+    families, count = next(iter(aligned.values())).shape[:2]
+    plan, rows = Plan(spec, tuple(spec.groups)), torch.arange(families)
+    members = [_member(aligned, plan, rows, torch.full((families,), k)) for k in range(count)]
+    to_each_other(members, plan, 1)
+    return {
+        g: perm[g].gather(-1, torch.stack([member.index[g] for member in members], 1)) for g in perm
+    }
+
+
 @pytest.mark.parametrize("count", [2, 5])
 @pytest.mark.parametrize("seed", range(3))
 def test_permuted_noisy_copies_are_matched_back_exactly(setting, count, seed):
@@ -205,7 +224,7 @@ def test_no_sweep_raises_the_objective(setting):
     perm = setting.spec.random(torch.Generator().manual_seed(0), (1, 5))
     costs = [float(objective(members, setting.spec, perm))]
     for _ in range(12):
-        perm = _to_each_other(members, setting.spec, perm, 1)
+        perm = one_pass(members, setting.spec, perm)
         costs.append(float(objective(members, setting.spec, perm)))
     rounding = 1e-12 * costs[0]
     assert all(after <= before + rounding for before, after in pairwise(costs))
@@ -222,7 +241,7 @@ def test_no_sweep_raises_the_objective_of_a_group_on_both_axes_of_a_matrix(seed)
     perm = spec.random(generator, (1, 3))
     costs = [float(objective(members, spec, perm))]
     for _ in range(6):
-        perm = _to_each_other(members, spec, perm, 1)
+        perm = one_pass(members, spec, perm)
         costs.append(float(objective(members, spec, perm)))
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(costs))
 
@@ -234,7 +253,7 @@ def test_at_rest_no_member_can_come_closer_to_the_rest(setting):
     longer = weight_matching(members, setting.spec, sweeps=60)
     for f in range(2):
         own = {group: index[f : f + 1] for group, index in perm.items()}
-        again = _to_each_other({k: t[f : f + 1] for k, t in exact.items()}, setting.spec, own, 1)
+        again = one_pass({k: t[f : f + 1] for k, t in exact.items()}, setting.spec, own)
         for group in setting.spec.groups:
             assert torch.equal(again[group], own[group])
             assert torch.equal(longer[group], perm[group])
@@ -386,6 +405,190 @@ def test_a_network_without_groups_has_nothing_to_permute():
     spec = discover_program(trace(nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3)))
     members = {"0.weight": torch.randn(2, 3, 2, 3), "0.bias": torch.randn(2, 3, 2)}
     assert weight_matching(members, spec) == {}
+
+
+def plain_weight_matching(weights, spec, order, sweeps=30):
+    """The descent, slowly: whole tensors permuted, all products made anew, scipy for all groups.
+
+    For groups that are not nested and do not meet themselves on a tensor; one family.
+    """
+    perms = [{g: torch.arange(n) for g, n in spec.groups.items()} for _ in order]
+    ranked = [{key: weights[key][0, k].double() for key in spec.axes} for k in order]
+
+    def assigned(k, target, group, keys):
+        others = {g: index for g, index in perms[k].items() if g != group}
+        gain = torch.zeros(spec.groups[group], spec.groups[group], dtype=torch.float64)
+        for key, axis in spec.touching(group):
+            if key in keys:
+                placed = spec.permute_tensor(key, ranked[k][key], others)
+                wanted = spec.unit_rows(key, axis, group, target[key])
+                gain += wanted @ spec.unit_rows(key, axis, group, placed).T
+        return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
+
+    def matched(k, target):
+        before = dict(perms[k])
+        for group in spec.groups:
+            perms[k][group] = assigned(k, target, group, spec.axes)
+        return any(not torch.equal(before[g], perms[k][g]) for g in before)
+
+    sizes = {key: tensor.numel() for key, tensor in ranked[0].items()}
+    for group, keys in Plan(spec, tuple(spec.groups)).first(sizes):
+        for k in range(1, len(order)):
+            perms[k][group] = assigned(k, ranked[0], group, keys)
+    for k in range(1, len(order)):
+        any(not matched(k, ranked[0]) for _ in range(sweeps))
+    for _ in range(sweeps):
+        moved = False
+        for k in range(len(order)):
+            aligned = [spec.permute(own, perm) for own, perm in zip(ranked, perms, strict=True)]
+            rest = {key: sum(a[key] for j, a in enumerate(aligned) if j != k) for key in aligned[k]}
+            moved |= matched(k, rest)
+        if not moved:
+            break
+    return perms
+
+
+@pytest.mark.parametrize(("widths", "count"), [((80, 70), 2), ((70, 66), 4), ((12, 9, 7), 6)])
+def test_the_descent_is_that_of_plain_assignments_on_whole_tensors(widths, count):
+    layers, before = [], 20
+    for width in widths:
+        layers += [nn.Linear(before, width), nn.ReLU()]
+        before = width
+    model = nn.Sequential(*layers, nn.Linear(before, 4))
+    spec = discover_program(trace(model, torch.zeros(2, 20)))
+    generator = torch.Generator().manual_seed(0)
+    members = {
+        key: torch.randn(1, count, *t.shape, generator=generator)
+        for key, t in model.state_dict().items()
+    }
+    order = distances(members, spec).argsort(-1)[0].tolist()
+    expected = plain_weight_matching(members, spec, order)
+    found = weight_matching(members, spec)
+    for rank, k in enumerate(order):
+        for group in spec.groups:
+            assert torch.equal(found[group][0, k], expected[rank][group])
+
+
+def test_members_too_large_for_float64_are_matched_alike(setting, monkeypatch):
+    members = setting.draw(2, 4)
+    expected = weight_matching(members, setting.spec)
+    monkeypatch.setattr(import_module("metamerge.alignment.weight_matching"), "_EXACT", 0)
+    monkeypatch.setattr(import_module("metamerge.alignment.descent"), "_PIECE", 64)
+    found = weight_matching(members, setting.spec)
+    assert all(torch.equal(found[group], expected[group]) for group in expected)
+
+
+def test_to_a_reference_every_member_is_matched_as_in_a_pair_with_it(setting):
+    members = setting.draw(3, 4)
+    found = weight_matching(members, setting.spec, to="reference", reference=2)
+    for k in (0, 1, 3):
+        pair = {key: tensor[:, [2, k]] for key, tensor in members.items()}
+        expected = weight_matching(pair, setting.spec, to="reference", reference=0)
+        for group, n in setting.spec.groups.items():
+            assert torch.equal(found[group][:, k], expected[group][:, 1])
+            assert torch.equal(found[group][:, 2], torch.arange(n).expand(3, n))
+
+
+def test_without_a_number_the_reference_is_the_medoid(setting):
+    members = setting.draw(5, 4)
+    found = weight_matching(members, setting.spec, to="reference")
+    for f, k in enumerate(medoid(members, setting.spec).tolist()):
+        for group, n in setting.spec.groups.items():
+            assert torch.equal(found[group][f, k], torch.arange(n))
+
+
+def test_the_barycentre_is_nearer_than_a_reference_lets_it_be(setting):
+    members = setting.draw(DRAWS, 6)
+    near, far = (
+        matching_cost(members, setting.spec, weight_matching(members, setting.spec, to=to))
+        for to in ("barycentre", "reference")
+    )
+    assert (near <= far + 1e-12).all()
+    assert near.mean() < 0.99 * far.mean()
+
+
+def test_restarts_never_cost_more_and_say_which_run_counts(setting):
+    members, report = setting.draw(8, 4), {}
+    once = matching_cost(members, setting.spec, weight_matching(members, setting.spec))
+    found = weight_matching(
+        members,
+        setting.spec,
+        restarts=6,
+        generator=torch.Generator().manual_seed(0),
+        report=report,
+    )
+    cost = matching_cost(members, setting.spec, found)
+    assert (cost <= once + 1e-12).all()
+    assert float(cost.mean()) <= min(report["costs"]) + 1e-12
+    assert len(report["costs"]) == 7
+    for f, winner in enumerate(report["restart"]):
+        assert winner in range(7)
+        assert (winner == 0) == bool(cost[f] > once[f] - 1e-12)
+    assert max(report["restart"]) > 0
+
+
+def test_restarts_with_the_same_seed_are_the_same(mlp):
+    members = mlp.draw(4, 4)
+    first, second = (
+        weight_matching(
+            members, mlp.spec, restarts=2, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (3, 3)
+    )
+    assert all(torch.equal(first[group], second[group]) for group in first)
+
+
+def test_the_report_holds_the_matching_cost_of_every_step(setting):
+    members, report = setting.draw(3, 4), {}
+    perm = weight_matching(members, setting.spec, report=report)
+    steps = report["objective"]
+    before = matching_cost(members, setting.spec, setting.spec.identity())
+    after = matching_cost(members, setting.spec, perm)
+    assert steps[0] == pytest.approx(float(before.mean()), rel=1e-12)
+    assert steps[-1] == pytest.approx(float(after.mean()), rel=1e-12)
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(steps[1:]))
+    assert "restart" not in report
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "mean"}, r"to must be one of .*'barycentre', 'reference'.*, got 'mean'"),
+        ({"to": ["reference"]}, "to must be one of"),
+        ({"sweeps": 0}, "sweeps must be a whole number of at least 1, got 0"),
+        ({"sweeps": True}, "sweeps must be a whole number"),
+        ({"sweeps": float("nan")}, "sweeps must be a whole number"),
+        ({"restarts": -1}, "restarts must be a whole number of at least 0, got -1"),
+        ({"restarts": None}, "restarts must be a whole number"),
+        ({"reference": 3}, "reference must be None .* 0 to 2; got 3"),
+        ({"reference": "first"}, "reference must be None"),
+    ],
+)
+def test_options_out_of_range_are_refused(mlp, options, message):
+    with pytest.raises(ConfigError, match=message):
+        weight_matching(mlp.draw(1, 3), mlp.spec, **options)
+
+
+@pytest.mark.parametrize("count", [1, 5, 90])
+def test_an_assignment_is_that_of_scipy_from_whatever_prices_it_starts(count):
+    generator = torch.Generator().manual_seed(count)
+    gain = torch.randn(2, count, count, generator=generator, dtype=torch.float64)
+    prices = None
+    for _ in range(6):
+        expected = [linear_sum_assignment(own.numpy(), maximize=True)[1] for own in gain]
+        found, prices = reassign(gain, prices)
+        assert found.tolist() == [index.tolist() for index in expected]
+        assert torch.equal(found, assign(gain))
+        gain = gain.gather(-1, found[:, None].expand_as(gain))  # the best is in place now
+        again, prices = reassign(gain, prices)
+        assert torch.equal(again, torch.arange(count).expand(2, count))
+        gain += 0.05 * torch.randn(gain.shape, generator=generator, dtype=torch.float64)
+
+
+def test_where_every_slot_has_a_best_unit_of_its_own_each_gets_it():
+    gain = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.5, 5.0], [4.0, 0.0, 0.0]])
+    assert assign(gain).tolist() == [1, 2, 0]
+    assert assign(torch.stack([gain, gain.flip(0)])).tolist() == [[1, 2, 0], [0, 2, 1]]
 
 
 def test_the_alignment_is_found_by_its_name():
