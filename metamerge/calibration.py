@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metamerge.errors import ConfigError, IncompatibleWeights, NonFinite
+from metamerge.errors import ConfigError, IncompatibleWeights, NonFinite, StructureError
 from metamerge.structure import Layout, Program, run
 from metamerge.weights import Weights, stack
 
@@ -84,7 +84,7 @@ def losses(weights: Sequence[Weights], layout: Layout, inputs: Tensor, labels: T
     total = torch.zeros(len(weights), dtype=torch.float64, device=inputs.device)
     for some, wanted in zip(inputs.split(_CHUNK), labels.split(_CHUNK), strict=True):
         logits = run(layout.program, stacked, [some], stacked=True)  # [m, b, c]
-        _check_logits(logits, wanted)
+        check_logits(logits, wanted)
         targets = wanted.expand(len(weights), -1)  # [m, b]
         total = total + F.cross_entropy(logits.mT, targets, reduction="none").double().sum(1)
     bad = (~total.isfinite()).nonzero().flatten().tolist()
@@ -96,7 +96,64 @@ def losses(weights: Sequence[Weights], layout: Layout, inputs: Tensor, labels: T
     return total / len(inputs)
 
 
-def check_fit(program: Program, inputs: Tensor) -> None:
+def predict(weights: Weights, layout: Layout, inputs: Tensor) -> Tensor:
+    """Logits of several models on all inputs, some inputs at a time.
+
+    Args:
+        weights: Stacked models, every tensor ``[m, ...]``, float32.
+        layout: Their architecture; its output is logits ``[b, c]``.
+        inputs: ``[b, ...]``, float32.
+
+    Returns:
+        ``[m, b, c]``.
+
+    Raises:
+        ConfigError: If the inputs are not those of this architecture.
+        IncompatibleWeights: If the network's output is not logits.
+    """
+    check_fit(layout.program, inputs)
+    parts = [run(layout.program, weights, [some], stacked=True) for some in inputs.split(_CHUNK)]
+    check_logits(parts[0])
+    return torch.cat(parts, 1)
+
+
+def targets(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Probabilities that a merged classifier should have: its labels', or its members' soft vote.
+
+    Args:
+        logits: The members', ``[..., m, b, c]``.
+        labels: ``[b]``, or None where there are none.
+
+    Returns:
+        ``[b, c]`` for labels, ``[..., b, c]`` for the soft vote.
+
+    Raises:
+        ConfigError: If the labels are not those of this network.
+    """
+    if labels is None:
+        return logits.softmax(-1).mean(-3)
+    check_logits(logits.flatten(0, -3), labels)
+    return F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence of models from wanted probabilities.
+
+    Against labels, which have no entropy, this is the cross entropy.
+
+    Args:
+        logits: ``[..., b, c]``.
+        wanted: Probabilities ``[b, c]`` or ``[..., b, c]``.
+
+    Returns:
+        ``[...]``.
+    """
+    predicted = logits.log_softmax(-1)
+    pointwise = F.kl_div(predicted, wanted.expand_as(predicted), reduction="none")
+    return pointwise.sum(-1).mean(-1)
+
+
+def check_fit(program: Program | None, inputs: Tensor) -> None:
     """Refuse calibration inputs that are not of the network's shape.
 
     Args:
@@ -105,14 +162,43 @@ def check_fit(program: Program, inputs: Tensor) -> None:
 
     Raises:
         ConfigError: If the shapes differ.
-        StructureError: If the network only takes batches of the size it was traced with.
+        StructureError: If the network cannot be traced, or only takes batches of the size it was
+            traced with.
     """
+    if program is None:
+        raise StructureError(
+            "The network cannot be traced, so nothing can be run on batches: choose a method that "
+            'does without, such as method="average".'
+        )
     program.check_rows()
     wanted = program.input_shape()[1:]
     if tuple(inputs.shape[1:]) != tuple(wanted):
         raise ConfigError(
             f"batches: inputs have shape {tuple(inputs.shape)}, the network takes (b, "
             f"{', '.join(map(str, wanted))}). Pass inputs of the checkpoints' task."
+        )
+
+
+def check_logits(logits: Tensor, labels: Tensor | None = None) -> None:
+    """Refuse outputs that are not logits, and labels that they do not have.
+
+    Args:
+        logits: ``[m, b, c]``.
+        labels: ``[b]``.
+
+    Raises:
+        IncompatibleWeights: If the outputs have another number of axes.
+        ConfigError: If a label lies beyond the classes.
+    """
+    if logits.ndim != 3:
+        raise IncompatibleWeights(
+            f"The network's output has shape {tuple(logits.shape[1:])}, expected logits (b, c). "
+            f"Losses are there for classifiers only; choose a method that does without labels."
+        )
+    if labels is not None and int(labels.max()) >= logits.shape[-1]:
+        raise ConfigError(
+            f"batches: labels reach {int(labels.max())}, the network has classes 0 to "
+            f"{logits.shape[-1] - 1}. Pass labels of the checkpoints' task."
         )
 
 
@@ -176,17 +262,4 @@ def _check_labels(where: str, labels: Tensor, count: int) -> None:
         raise ConfigError(
             f"{where}: labels hold {int(labels.min())}, expected classes from 0. Leave out inputs "
             f"without a class."
-        )
-
-
-def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 3:
-        raise IncompatibleWeights(
-            f"The network's output has shape {tuple(logits.shape[1:])}, expected logits (b, c). "
-            f"Losses are there for classifiers only; choose a method that does without labels."
-        )
-    if int(labels.max()) >= logits.shape[-1]:
-        raise ConfigError(
-            f"batches: labels reach {int(labels.max())}, the network has classes 0 to "
-            f"{logits.shape[-1] - 1}. Pass labels of the checkpoints' task."
         )

@@ -74,6 +74,9 @@ class MergeMethod(Record):
         neutral: Options at which identical members come back as they are, whatever their base.
         per_tensor: Options at which what becomes of a tensor depends on that tensor only, so that
             files of any size can be merged tensor by tensor; None where there are none.
+        pointwise: Whether at those options even an entry depends on the members' entries of its
+            place only, so that tensors can be cut anywhere.
+        most: Largest number of members that it takes; None for any number.
     """
 
     align: str | None = "weight_matching"
@@ -81,6 +84,8 @@ class MergeMethod(Record):
     elementwise: bool = False
     neutral: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     per_tensor: Mapping[str, Any] | None = None
+    pointwise: bool = False
+    most: int | None = None
 
     @property
     def aligned(self) -> bool:
@@ -115,6 +120,8 @@ def merge_method(
     elementwise: bool = False,
     neutral: Mapping[str, Any] = MappingProxyType({}),
     per_tensor: Mapping[str, Any] | None = None,
+    pointwise: bool = False,
+    most: int | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Register a function as a merge method.
 
@@ -124,7 +131,9 @@ def merge_method(
         ordered: Whether its result depends on the order of the members.
         elementwise: Whether it draws or chooses entry by entry, blind to units.
         neutral: Options at which identical members come back as they are.
-        per_tensor: Options at which tensors do not depend on each other; None if always.
+        per_tensor: Options at which tensors do not depend on each other; None if they always do.
+        pointwise: Whether at those options entries do not depend on each other either.
+        most: Largest number of members that it takes; None for any number.
 
     Returns:
         A decorator that stores the method's record and returns the function unchanged.
@@ -149,6 +158,8 @@ def merge_method(
         "elementwise": elementwise,
         "neutral": MappingProxyType(dict(neutral)),
         "per_tensor": None if per_tensor is None else MappingProxyType(dict(per_tensor)),
+        "pointwise": pointwise,
+        "most": most,
     }
 
     def register(function: MethodFunction) -> MethodFunction:

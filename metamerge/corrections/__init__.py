@@ -4,6 +4,6 @@ Every one is ``function(fused, members, layout, inputs, *, <options>)`` with fus
 ``[f, ...]`` and their aligned members ``[f, m, ...]``, and returns new fused weights.
 """
 
-from metamerge.corrections import batch_norm, refit, repair
+from metamerge.corrections import batch_norm, refit, repair, rescale, scale
 
-__all__ = ["batch_norm", "refit", "repair"]
+__all__ = ["batch_norm", "refit", "repair", "rescale", "scale"]

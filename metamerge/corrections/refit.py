@@ -261,30 +261,53 @@ def unit_rows(value: Tensor, layer: Layer) -> Tensor:
     return (value if layer.linear else value.movedim(2, -1)).flatten(1, -2)
 
 
+def fan_in_rows(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
+    """View the inputs of a regressable layer as rows by fan-in, in the order of ``unit_rows``.
+
+    Args:
+        node: The layer's operator call.
+        layer: The layer.
+        lane: Its inputs, stacked: ``[n, b, ..., i]`` of a linear layer, maps of a convolution.
+        weight: Its weights, ``[n, o, ...]``.
+
+    Returns:
+        ``[n, r, i]``, where ``i`` counts the taps of a convolution too.
+    """
+    if layer.linear:
+        return lane.value.flatten(1, -2)
+    stride, padding, dilation = (
+        node.argument(3, (1, 1)),
+        node.argument(4, (0, 0)),
+        node.argument(5, (1, 1)),
+    )
+    patches = F.unfold(lane.value.flatten(0, 1), weight.shape[3:], dilation, padding, stride)
+    return patches.unflatten(0, lane.value.shape[:2]).mT.flatten(1, 2)
+
+
+def sampled(count: int, device: torch.device, most: int) -> Tensor:
+    """Which of so many rows take part: all, or ``most`` that a fixed seed picks.
+
+    Args:
+        count: Number of rows.
+        device: Where the index is to be.
+        most: Number of rows that are enough.
+
+    Returns:
+        Index of rows, sorted.
+    """
+    if count <= most:
+        return torch.arange(count, device=device)
+    generator = torch.Generator().manual_seed(count)
+    return torch.randperm(count, generator=generator)[:most].sort().values.to(device)
+
+
 def _rows(value: Tensor, layer: Layer) -> Tensor:
     """The rows of ``unit_rows`` that take part, ``[n, r, o]``."""
     rows = unit_rows(value, layer)
-    return rows[:, _sampled(rows.shape[1], rows.device)]
+    return rows[:, sampled(rows.shape[1], rows.device, MAX_ROWS)]
 
 
 def _inputs(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
     """Inputs of a regressable layer by fan-in, at the same rows as ``_rows``: ``[f, r, i]``."""
-    if layer.linear:
-        rows = lane.value.flatten(1, -2)
-    else:
-        stride, padding, dilation = (
-            node.argument(3, (1, 1)),
-            node.argument(4, (0, 0)),
-            node.argument(5, (1, 1)),
-        )
-        patches = F.unfold(lane.value.flatten(0, 1), weight.shape[3:], dilation, padding, stride)
-        rows = patches.unflatten(0, lane.value.shape[:2]).mT.flatten(1, 2)  # [f, b*l, i]
-    return rows[:, _sampled(rows.shape[1], rows.device)]
-
-
-def _sampled(count: int, device: torch.device) -> Tensor:
-    """Which rows take part: all, or ``MAX_ROWS`` that a fixed seed picks."""
-    if count <= MAX_ROWS:
-        return torch.arange(count, device=device)
-    generator = torch.Generator().manual_seed(count)
-    return torch.randperm(count, generator=generator)[:MAX_ROWS].sort().values.to(device)
+    rows = fan_in_rows(node, layer, lane, weight)
+    return rows[:, sampled(rows.shape[1], rows.device, MAX_ROWS)]

@@ -44,6 +44,25 @@ def repair(fused: Weights, members: Weights, layout: Layout, inputs: Tensor) -> 
     Returns:
         New weights ``[f, ...]``.
     """
+    return match_moments(fused, members, layout, inputs, means=True)
+
+
+def match_moments(
+    fused: Weights, members: Weights, layout: Layout, inputs: Tensor, *, means: bool
+) -> Weights:
+    """Give hidden units their members' mean spread, and their mean too or its own again.
+
+    Args:
+        fused: Fused weights, ``[f, ...]``.
+        members: Their aligned members, ``[f, m, ...]``.
+        layout: Layers of the architecture.
+        inputs: ``[b, ...]``.
+        means: Whether units also get the mean of their members' means; otherwise each keeps the one
+            that it has in the network corrected so far.
+
+    Returns:
+        New weights ``[f, ...]``.
+    """
     families, count = next(iter(members.values())).shape[:2]
     repaired = {key: tensor.clone() for key, tensor in fused.items()}
     flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
@@ -57,8 +76,10 @@ def repair(fused: Weights, members: Weights, layout: Layout, inputs: Tensor) -> 
             continue
         each = _moments(observed.value, layer)
         wanted = _Moments(*(m.unflatten(0, (families, count)).mean(1) for m in each))
+        found = _moments(current.value, layer)
+        wanted = wanted if means else wanted._replace(mean=found.mean)
         mean_key = layout.running_means.get(node.name)
-        repaired.update(_matched(repaired, layer, _moments(current.value, layer), wanted, mean_key))
+        repaired.update(_matched(repaired, layer, found, wanted, mean_key))
         own.values.update(read)  # once more, now with the corrected layer
         own.step(node)
     for alias, key in layout.program.tied.items():

@@ -11,7 +11,7 @@ from metamerge.registry import merge_method
 from metamerge.weights import Weights
 
 
-@merge_method(paper="arXiv:2203.05482")
+@merge_method(paper="arXiv:2203.05482", per_tensor={}, pointwise=True)
 def average(weights: Sequence[Weights]) -> Weights:
     """Average all members, each with the same coefficient.
 

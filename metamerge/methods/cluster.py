@@ -1,23 +1,31 @@
 """Cluster: find groups of members that are close to each other; average within, then between them.
 
-No paper. With ``keep="all"`` every group counts the same however many members it has; with
-``keep="best"`` members far from the chosen group are left out.
+No paper. Merging goes in two stages: the members within each cluster are averaged, then the means
+of the clusters. With ``keep="all"`` every cluster counts the same however many members it has; with
+``keep="best"`` there is no second stage, and members of other clusters are left out.
+
+Retraining the survivors between the stages is training, and so it is no part of this library: take
+``report["clusters"]``, average each cluster's members with ``average``, train the means, and merge
+them as checkpoints like any others.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metamerge.calibration import Batches, collect, losses
+from metamerge.calibration import Batches, collect, losses, predict
 from metamerge.errors import ConfigError
+from metamerge.methods._checks import check_choice
 from metamerge.methods._combination import combine
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
-from metamerge.weights import Weights, flatten, reorder
+from metamerge.weights import Weights, flatten, reorder, stack, widened
 
 _KEEP = ("all", "best")
 _ALGORITHMS = ("ward", "kmeans")
+_BY = ("weights", "predictions")
 
 
 @merge_method()
@@ -27,9 +35,11 @@ def cluster(
     clusters: int = 2,
     keep: str = "all",
     algorithm: str = "ward",
+    by: str = "weights",
     layout: Layout | None = None,
     batches: Batches | None = None,
     generator: torch.Generator | None = None,
+    report: dict[str, Any] | None = None,
 ) -> Weights:
     """Average clusters of similar members, then the clusters' means, or keep the best cluster only.
 
@@ -42,42 +52,81 @@ def cluster(
         clusters: Number of clusters, from 1 to the number of members; not used with one member.
         keep: ``all`` averages the means of all clusters, ``best`` returns the best one's.
         algorithm: ``ward`` joins the two nearest clusters again and again; ``kmeans``.
-        layout: The members' architecture; needed with ``batches`` and ``keep="best"``.
-        batches: Calibration inputs with labels, by which ``best`` chooses.
+        by: What makes members similar: their ``weights``, which should be aligned, or their
+            ``predictions``, the probabilities that they give to the classes of ``batches``.
+        layout: The members' architecture; needed for what batches are needed for.
+        batches: Calibration inputs, needed by ``predictions``, with labels where ``best`` is to
+            choose by them.
         generator: Randomness of ``kmeans``; without it a fixed seed.
+        report: Takes ``clusters``, the members of every cluster; ``kept``, the cluster that
+            ``best`` chose; and with labelled batches ``losses``, of every cluster's mean.
 
     Returns:
         New state dict with the members' names, shapes and dtypes.
 
     Raises:
-        ConfigError: If an option is out of its range, or batches do not have labels or a layout.
+        ConfigError: If an option is out of its range, or batches or a layout are missing, or labels
+            with ``keep="best"``.
     """
-    _check(len(weights), clusters, keep, algorithm)
+    _check(len(weights), clusters, keep, algorithm, by)
     if len(weights) == 1:
         return combine(weights, [1.0])
-    points = torch.stack([flatten(reorder(member, weights[0])).detach() for member in weights])
+    inputs, labels = _data(keep, by, layout, batches)
+    points = _weight_points(weights) if by == "weights" else _predictions(weights, layout, inputs)
     groups = _groups(points.cpu(), clusters, algorithm, generator)
-    if keep == "all":
-        return combine(weights, _coefficients(groups, len(weights)))
+    told: dict[str, Any] = {"clusters": groups}
     means = [combine([weights[i] for i in g], [1 / len(g)] * len(g)) for g in groups]
-    if batches is None:
-        return means[_densest(points, groups)]
-    if layout is None:
-        raise ConfigError(
-            "cluster: batches come without a layout. Pass layout=, or model= to merge()."
-        )
-    return means[int(losses(means, layout, *collect(batches, labelled=True)).argmin())]
+    if labels is not None:
+        told["losses"] = losses(means, layout, inputs, labels).tolist()
+    if keep == "best":
+        told["kept"] = _lowest(told["losses"]) if labels is not None else _densest(points, groups)
+    if report is not None:
+        report.update(told)
+    if keep == "best":
+        return means[told["kept"]]
+    return combine(weights, _coefficients(groups, len(weights)))
 
 
-def _check(members: int, clusters: int, keep: str, algorithm: str) -> None:
-    if members > 1 and not (isinstance(clusters, int) and 1 <= clusters <= members):
+def _check(members: int, clusters: int, keep: str, algorithm: str, by: str) -> None:
+    whole = isinstance(clusters, int) and not isinstance(clusters, bool)
+    if members > 1 and not (whole and 1 <= clusters <= members):
         raise ConfigError(
             f"cluster: clusters must be a whole number from 1 to the number of members, {members}, "
             f"got {clusters!r}."
         )
-    for option, value, known in (("keep", keep, _KEEP), ("algorithm", algorithm, _ALGORITHMS)):
-        if value not in known:
-            raise ConfigError(f"cluster: {option} must be one of {known}, got {value!r}.")
+    check_choice("cluster", "keep", keep, _KEEP)
+    check_choice("cluster", "algorithm", algorithm, _ALGORITHMS)
+    check_choice("cluster", "by", by, _BY)
+
+
+def _data(
+    keep: str, by: str, layout: Layout | None, batches: Batches | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Inputs and labels, as far as they are there; what ``by`` and ``keep`` need must be."""
+    if batches is None and by == "predictions":
+        raise ConfigError('cluster: by="predictions" needs batches=<calibration inputs>.')
+    needed = by == "predictions" or keep == "best"
+    if batches is None or (layout is None and not needed):
+        return None, None
+    if layout is None:
+        raise ConfigError(
+            "cluster: batches come without a layout. Pass layout=, or model= to merge()."
+        )
+    return collect(batches, labelled=keep == "best" and by == "weights")
+
+
+def _weight_points(weights: Sequence[Weights]) -> Tensor:
+    return torch.stack([flatten(reorder(member, weights[0])).detach() for member in weights])
+
+
+def _predictions(weights: Sequence[Weights], layout: Layout, inputs: Tensor) -> Tensor:
+    """Probabilities of every class of every input, ``[m, b * c]``."""
+    stacked = stack([reorder(member, weights[0]) for member in widened(weights)])
+    return predict(stacked, layout, inputs).detach().softmax(-1).flatten(1)
+
+
+def _lowest(values: Sequence[float]) -> int:
+    return min(range(len(values)), key=values.__getitem__)
 
 
 def _groups(

@@ -13,7 +13,7 @@ from metamerge.registry import merge_method
 from metamerge.weights import Weights
 
 
-@merge_method(paper="arXiv:1602.05629", ordered=True)
+@merge_method(paper="arXiv:1602.05629", ordered=True, per_tensor={}, pointwise=True)
 def weighted_average(weights: Sequence[Weights], *, coefficients: Sequence[float]) -> Weights:
     """Average all members with given coefficients.
 

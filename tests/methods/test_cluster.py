@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from metamerge.errors import ConfigError
-from metamerge.methods import cluster
+from metamerge.methods import average, cluster
 
 FOUR = [0.0, 2.0, 4.0, 20.0]
 
@@ -50,6 +52,28 @@ def test_step_counters_of_clusters_left_out_do_not_count(scalar_members):
         member["steps"] = torch.tensor(steps)
     assert cluster(members, keep="best")["steps"].item() == 7
     assert cluster(members)["steps"].item() == 9
+
+
+def test_by_predictions_members_that_say_the_same_are_together(scalar_layout, scalar_members):
+    # On x = 1 the logit of class 0 is the number: -9 and -99 say the same, as do 9 and 99.
+    members, inputs = scalar_members(-9, 9, 99, -99), torch.ones(3, 1)
+    told = {}
+    given = {"layout": scalar_layout, "batches": inputs, "report": told}
+    assert value(cluster(members, by="predictions", **given)) == 0.0
+    assert told == {"clusters": [[0, 3], [1, 2]]}
+
+
+def test_the_report_is_what_a_caller_needs_to_train_the_means(scalar_layout, scalar_members):
+    members, told = scalar_members(*FOUR), {}
+    batches = (torch.ones(1, 1), torch.tensor([0]))
+    given = {"layout": scalar_layout, "batches": batches, "report": told}
+    fused = cluster(members, keep="best", **given)
+    assert told["clusters"] == [[0, 1, 2], [3]]
+    assert told["kept"] == 1
+    expected = [math.log1p(math.exp(-mean)) for mean in (2.0, 20.0)]
+    assert told["losses"] == pytest.approx(expected, abs=1e-6)
+    again = average([members[i] for i in told["clusters"][told["kept"]]])
+    assert torch.equal(again["0.weight"], fused["0.weight"])
 
 
 def ward(points, clusters):
@@ -113,6 +137,9 @@ def test_fewer_different_members_than_clusters_do_no_harm(scalar_members, algori
         ({"clusters": 5}, "from 1 to the number of members, 4, got 5"),
         ({"clusters": 2.0}, "got 2.0"),
         ({"keep": "worst"}, "keep must be one of .* got 'worst'"),
+        ({"clusters": True}, "got True"),
+        ({"by": "name"}, "by must be one of .* got 'name'"),
+        ({"by": "predictions"}, "needs batches"),
         ({"algorithm": "dbscan"}, "algorithm must be one of .* got 'dbscan'"),
     ],
 )
