@@ -12,18 +12,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from evaluation.gates import noise
 from evaluation.metrics import accuracy, family_logits
 from metamerge.alignment import weight_matching
-from metamerge.ensembles import majority_vote
-from metamerge.structure import Layout
+from metamerge.corrections.batch_norm import recalibrate
+from metamerge.ensembles import (
+    Seen,
+    convolutional_consensus,
+    gated_consensus,
+    learned_consensus,
+    majority_vote,
+    stacking,
+    weighted_consensus,
+)
+from metamerge.ensembles.fitting import descend
+from metamerge.errors import StructureError
+from metamerge.structure import OUTPUTS, Layout
 from metamerge.weights import Weights
 from zoo.architectures import frozen
 from zoo.training import Loss, cross_entropy, distillation, init_networks, predict, train_networks
 
 RATES = (1e-3, 3e-3, 1e-2)
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of biases, falling
+EM_STEPS = 200
 MANY = 2000  # images from which on controls take larger batches
 SCRATCH_EPOCHS = 60
 TUNE_EPOCHS = 30
+
+CONSENSUSES = (
+    *(weighted_consensus, learned_consensus, convolutional_consensus),
+    *(gated_consensus, stacking),
+)
 
 Images = tuple[Tensor, Tensor]
 
@@ -75,6 +94,126 @@ def best_members(families: Weights, layout: Layout, budget: Budget) -> Weights:
     scores = accuracy(family_logits(layout.program, families, inputs), targets)  # [f, m]
     chosen = scores.argmax(1)
     return {key: t[torch.arange(len(chosen)), chosen] for key, t in families.items()}
+
+
+def bias_corrected(families: Weights, layout: Layout, budget: Budget) -> tuple[Weights, float]:
+    """The member of each family that scores best once its output bias is fitted to the labels.
+
+    Paper: Jordan, Sedghi, Saukh, Entezari, Neyshabur, "REPAIR", ICLR 2023, arXiv:2211.08403, merge
+    networks of skewed class splits; what such a merge gains may be no more than a better prior, and
+    a prior is what the output bias can mend in a single member. All members are corrected, ``c``
+    numbers each; the ridge is chosen on the validation part.
+
+    Args:
+        families: ``[f, m, ...]``.
+        layout: Weight graph of the architecture.
+        budget: The images.
+
+    Returns:
+        ``[f, ...]``, and the ridge that was chosen.
+    """
+    inputs, targets = budget.everything
+    logits = family_logits(layout.program, families, inputs).double()  # [f, m, b, c]
+    flat, none = logits.flatten(0, 1), logits.new_zeros(logits.shape[-1])
+
+    def fitted(part: str, ridge: float) -> Tensor:
+        seen = torch.zeros(flat.shape[:2]).to(flat)
+        seen[:, budget.rows(part)] = 1
+        start = none.expand(len(flat), -1)
+        return descend(lambda b: flat + b[:, None], start, none, targets, seen, ridge)
+
+    def score(ridge: float) -> float:
+        rows = budget.rows("validation")
+        found = flat[:, rows] + fitted("objective", ridge)[:, None]
+        return float(accuracy(found, targets[rows]).mean())
+
+    chosen = max(RIDGES, key=score)
+    shifts = fitted("everything", chosen).unflatten(0, logits.shape[:2])  # [f, m, c]
+    return best_members(shifted(families, layout, shifts), layout, budget), chosen
+
+
+def prior_corrected(
+    start: Weights, layout: Layout, budget: Budget, shares: Tensor
+) -> tuple[Weights, Tensor]:
+    """Networks whose output bias is moved to the class shares of the objective images, unlabelled.
+
+    Paper: Saerens, Latinne, Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori
+    Probabilities: A Simple Procedure", Neural Computation 14(1), 2002, equations 2.8 and 2.9: the
+    new shares are found by expectation maximisation.
+
+    Args:
+        start: ``[f, ...]``.
+        layout: Weight graph of the architecture.
+        budget: The images; labels are not used.
+        shares: Share of every class in what each network was trained on, ``[f, c]``, above 0.
+
+    Returns:
+        ``[f, ...]``, and the shares that were found, ``[f, c]``.
+    """
+    own = predict(layout.program, start, budget.everything[0]).double().log_softmax(-1)  # [f, b, c]
+    known = shares.double().log()[:, None]  # [f, 1, c]
+    found = known
+    for _ in range(EM_STEPS):
+        posterior = (own + found - known).softmax(-1)
+        found = posterior.mean(1, keepdim=True).clamp_min(1e-12).log()
+    return shifted(start, layout, (found - known)[:, 0]), found[:, 0].exp()
+
+
+def shifted(weights: Weights, layout: Layout, shifts: Tensor) -> Weights:
+    """Networks with numbers added to their output bias.
+
+    Args:
+        weights: ``[..., f]`` networks, every tensor with the same leading axes.
+        layout: Weight graph of the architecture.
+        shifts: What is added, ``[..., c]``.
+
+    Returns:
+        New weights.
+
+    Raises:
+        StructureError: If there is not one output layer with a bias.
+    """
+    layers = layout.producers(OUTPUTS)
+    if len(layers) != 1 or layers[0].bias is None:
+        raise StructureError(
+            f"bias correction: the network has {len(layers)} output layers, expected one, with a "
+            "bias. Leave this control out."
+        )
+    bias = layers[0].bias
+    return {**weights, bias: weights[bias] + shifts.to(weights[bias])}
+
+
+def recalibrated(families: Weights, layout: Layout, inputs: Tensor) -> Weights:
+    """Members whose running statistics are measured anew, as those of merged networks are.
+
+    Args:
+        families: ``[f, m, ...]``.
+        layout: Weight graph of the architecture.
+        inputs: ``[b, ...]``.
+
+    Returns:
+        ``[f, m, ...]``; members without batch normalisation are the same.
+    """
+    measured = [
+        recalibrate({key: t[f] for key, t in families.items()}, layout.program, inputs)
+        for f in range(len(next(iter(families.values()))))
+    ]
+    return {key: torch.stack([own[key] for own in measured]) for key in families}
+
+
+def garbage_members(families: Weights, *, seed: int = 0) -> Weights:
+    """Random members with the mean and spread of the real ones' tensors.
+
+    They know nothing. What a merger makes of them and the images it is given is its own.
+
+    Args:
+        families: ``[f, m, ...]``.
+        seed: Seed of the noise.
+
+    Returns:
+        ``[f, m, ...]``; integer tensors are those of the families.
+    """
+    return noise(families, torch.Generator().manual_seed(seed))
 
 
 def aligned_average(families: Weights, layout: Layout) -> Weights:
@@ -187,6 +326,33 @@ def votes(families: Weights, layout: Layout, inputs: Tensor) -> dict[str, Tensor
     return {
         "soft_vote": logits.softmax(-1).mean(1).argmax(-1),
         "majority_vote": torch.stack([majority_vote(own) for own in logits]),
+    }
+
+
+def consensuses(
+    families: Weights, layout: Layout, budget: Budget, inputs: Tensor
+) -> dict[str, Tensor]:
+    """Classes that ensembles choose which were fitted to the labelled objective images.
+
+    Args:
+        families: ``[f, m, ...]``.
+        layout: Weight graph of the architecture.
+        budget: The images that they are fitted to.
+        inputs: The images that they are asked about, ``[b, ...]``.
+
+    Returns:
+        Name of the consensus -> ``[f, b]``.
+    """
+    images, labels = budget.everything
+    known, asked = (family_logits(layout.program, families, x) for x in (images, inputs))
+    return {
+        fit.__name__: torch.stack(
+            [
+                fit(Seen(own, images), labels)(Seen(theirs, inputs)).argmax(-1)
+                for own, theirs in zip(known, asked, strict=True)
+            ]
+        )
+        for fit in CONSENSUSES
     }
 
 

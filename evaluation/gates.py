@@ -72,7 +72,7 @@ def collapse_gates(
     shuffled_copies = layout.spec.permute(copies, _hidden(copies, layout, generator))
     score = _score(fused, accuracy(fused, targets))
     moved = _score(other, accuracy_relabelled(other, labels, targets))
-    gaussian, shuffled = judge(_noise(families, generator)), judge(_shuffled(families, generator))
+    gaussian, shuffled = judge(noise(families, generator)), judge(_shuffled(families, generator))
     return [
         Gate("garbage_gaussian", _score(gaussian, accuracy(gaussian, targets)), chance + 0.05),
         Gate("garbage_shuffled", _score(shuffled, accuracy(shuffled, targets)), chance + 0.05),
@@ -199,18 +199,26 @@ def _cycle(members: int, generator: torch.Generator) -> Tensor:
     return torch.empty_like(places).scatter_(0, places, places.roll(1))
 
 
-def _noise(families: Weights, generator: torch.Generator) -> Weights:
-    """Gaussian tensors with the mean and spread of the members' own; variances stay positive."""
-    noise = {}
+def noise(families: Weights, generator: torch.Generator) -> Weights:
+    """Draw garbage: Gaussian tensors with the mean and spread of the members' own.
+
+    Args:
+        families: ``[f, m, ...]``.
+        generator: Source of randomness.
+
+    Returns:
+        ``[f, m, ...]``; variances stay positive, and tensors that are not floating as they are.
+    """
+    garbage = {}
     for key, tensor in families.items():
         if not tensor.is_floating_point():
-            noise[key] = tensor
+            garbage[key] = tensor
             continue
         drawn = tensor.mean() + tensor.std() * torch.randn(tensor.shape, generator=generator).to(
             tensor
         )
-        noise[key] = drawn.abs() + 1e-3 if key.endswith("running_var") else drawn
-    return noise
+        garbage[key] = drawn.abs() + 1e-3 if key.endswith("running_var") else drawn
+    return garbage
 
 
 def _shuffled(families: Weights, generator: torch.Generator) -> Weights:

@@ -1,5 +1,29 @@
 """Ensembles: what does not merge but must be beaten."""
 
-from metamerge.ensembles.votes import Ensemble, majority_vote, soft_vote
+from metamerge.ensembles.convolutional_consensus import convolutional_consensus
+from metamerge.ensembles.ensemble import Ensemble, load_ensemble
+from metamerge.ensembles.gated_consensus import gated_consensus
+from metamerge.ensembles.learned_consensus import learned_consensus
+from metamerge.ensembles.making import ensemble, list_ensembles
+from metamerge.ensembles.regression import stacked_mean, weighted_mean
+from metamerge.ensembles.stacking import stacking
+from metamerge.ensembles.votes import majority_vote, soft_vote
+from metamerge.ensembles.watching import Seen
+from metamerge.ensembles.weighted_consensus import weighted_consensus
 
-__all__ = ["Ensemble", "majority_vote", "soft_vote"]
+__all__ = [
+    "Ensemble",
+    "Seen",
+    "convolutional_consensus",
+    "ensemble",
+    "gated_consensus",
+    "learned_consensus",
+    "list_ensembles",
+    "load_ensemble",
+    "majority_vote",
+    "soft_vote",
+    "stacked_mean",
+    "stacking",
+    "weighted_consensus",
+    "weighted_mean",
+]

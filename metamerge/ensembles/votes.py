@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metamerge.errors import ConfigError, IncompatibleWeights
-from metamerge.structure import Program, run
-from metamerge.weights import Weights
+from metamerge.ensembles.watching import Seen, check_outputs
+from metamerge.errors import ConfigError
 
 
 def soft_vote(logits: Tensor) -> Tensor:
@@ -26,8 +25,21 @@ def soft_vote(logits: Tensor) -> Tensor:
     Returns:
         Probabilities ``[b, c]``.
     """
-    _check_logits("soft_vote", logits)
+    check_outputs("soft_vote", logits)
     return logits.softmax(-1).mean(0)
+
+
+def log_soft_vote(logits: Tensor) -> Tensor:
+    """Logarithms of the members' mean probabilities, finite where these are too small for a float.
+
+    Args:
+        logits: ``[m, b, c]``.
+
+    Returns:
+        ``[b, c]``.
+    """
+    check_outputs("soft_vote", logits)
+    return logits.log_softmax(-1).logsumexp(0) - log(len(logits))
 
 
 def majority_vote(logits: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
@@ -45,7 +57,7 @@ def majority_vote(logits: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
     Raises:
         ConfigError: If the tie breaker is not of the shape ``[b, c]``.
     """
-    _check_logits("majority_vote", logits)
+    check_outputs("majority_vote", logits)
     if tie_breaker is not None and tie_breaker.shape != logits.shape[1:]:
         raise ConfigError(
             f"majority_vote: tie_breaker has shape {tuple(tie_breaker.shape)}, expected "
@@ -53,64 +65,51 @@ def majority_vote(logits: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
         )
     preference = logits.softmax(-1).sum(0) if tie_breaker is None else tie_breaker.float()  # [b, c]
     preference = preference.clamp_min(torch.finfo(preference.dtype).min)  # -inf marks the others
-    votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)  # [b, c]
+    votes = _votes(logits)
     leading = votes == votes.amax(-1, keepdim=True)
     return preference.masked_fill(~leading, -torch.inf).argmax(-1)
 
 
-class Ensemble(nn.Module):
-    """The soft vote of several members as one network: logarithms of probabilities come out.
+class SoftVote(nn.Module):
+    """The soft vote as a consensus of an ``Ensemble``."""
 
-    Its state dict holds ``members.<name>``, ``[m, ...]``, for every name in those of the members.
-    All of it is frozen, and computing is in float32.
+    options: dict = {}  # noqa: RUF012  (nothing to choose)
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Logarithms of the mean of the members' probabilities, ``[m, b, c]`` -> ``[b, c]``."""
+        return log_soft_vote(seen.outputs)
+
+
+class MajorityVote(nn.Module):
+    """The majority vote as a consensus of an ``Ensemble``.
+
+    Its probabilities are shares of votes. One vote besides the members' is cut in two: a half goes
+    to the class that ``majority_vote`` chooses, a half is dealt out as the tie breaker's
+    probabilities (the members' mean ones without it) say. It can end ties and nothing else.
 
     Args:
-        program: The members' architecture.
-        weights: Their stacked weights, every tensor ``[m, ...]``; they are copied.
+        tie_breaker: Whether the last of the networks breaks ties and has no vote itself.
     """
 
-    def __init__(self, program: Program, weights: Weights) -> None:
+    def __init__(self, tie_breaker: bool = False) -> None:
         super().__init__()
-        lengths = {tensor.shape[:1] for tensor in weights.values()}
-        if len(lengths) != 1 or not all(len(length) and length[0] for length in lengths):
-            raise IncompatibleWeights(
-                f"Ensemble: the leading axes of the weights are {sorted(map(tuple, lengths))}, "
-                f"expected one common number of members. Stack them with metamerge.weights.stack."
-            )
-        self.program = program
-        self.members = nn.Module()
-        for key, tensor in weights.items():
-            kept = tensor.detach().clone()
-            _put(self.members, key, kept.float() if kept.is_floating_point() else kept)
+        if not isinstance(tie_breaker, bool):
+            raise ConfigError(f"majority_vote: tie_breaker must be a bool, got {tie_breaker!r}.")
+        self.options = {"tie_breaker": tie_breaker}
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Run all members in one batched pass and average their probabilities.
-
-        Args:
-            *inputs: The network's inputs, batch axis first.
-
-        Returns:
-            Logarithms of probabilities, ``[b, c]``.
-        """
-        weights = {key: self.members.get_buffer(key) for key in self.program.parameters.values()}
-        given = [x.float() if x.is_floating_point() else x for x in inputs]
-        logits = run(self.program, weights, given, stacked=True)  # [m, b, c]
-        return logits.log_softmax(-1).logsumexp(0) - log(len(logits))
+    def forward(self, seen: Seen) -> Tensor:
+        """Logarithms of shares of votes, ``[m, b, c]`` -> ``[b, c]``."""
+        members, judge = seen.outputs, None
+        if self.options["tie_breaker"]:
+            check_outputs("majority_vote with a tie breaker", members[:-1])
+            members, judge = members[:-1], members[-1]
+        chosen = majority_vote(members, judge)
+        preference = soft_vote(members if judge is None else judge[None])
+        last = (F.one_hot(chosen, members.shape[-1]) + preference) / 2
+        tiny = torch.finfo(last.dtype).tiny
+        return ((_votes(members) + last) / (len(members) + 1)).clamp_min(tiny).log()
 
 
-def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
-    """Register a buffer under a dotted name, with the modules on the way to it."""
-    *path, name = key.split(".")
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]
-    module.register_buffer(name, tensor)
-
-
-def _check_logits(where: str, logits: Tensor) -> None:
-    if logits.ndim != 3 or not len(logits):
-        raise ConfigError(
-            f"{where}: logits have shape {tuple(logits.shape)}, expected (members, inputs, "
-            f"classes) with at least one member."
-        )
+def _votes(logits: Tensor) -> Tensor:
+    """Number of members that choose a class, ``[m, b, c]`` -> ``[b, c]``."""
+    return F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)

@@ -9,7 +9,9 @@ from torch import nn
 from evaluation import controls
 from evaluation.metrics import accuracy, family_logits
 from metamerge.alignment import weight_matching
+from metamerge.errors import StructureError
 from metamerge.structure import Layout, discover_program, trace
+from metamerge.weights import stack
 from zoo.training import init_networks, predict, train_networks
 
 FAMILIES = 4
@@ -78,7 +80,14 @@ def test_a_part_that_does_not_exist_is_not_everything(budget, part):
 
 @pytest.mark.parametrize(
     "control",
-    [controls.best_members, controls.fine_tuned, controls.from_scratch, controls.distilled],
+    [
+        controls.best_members,
+        controls.bias_corrected,
+        controls.prior_corrected,
+        controls.fine_tuned,
+        controls.from_scratch,
+        controls.distilled,
+    ],
 )
 def test_no_control_takes_images_besides_its_budget(control):
     named = inspect.signature(control).parameters
@@ -140,6 +149,162 @@ def test_votes_by_hand():
         "soft_vote": [[0, 1]],
         "majority_vote": [[1, 0]],
     }
+
+
+# ---------------------------------------------------------------------------- output biases
+
+
+@pytest.fixture(scope="module")
+def split_by_classes(digits_zoo):
+    """Two families of two members: each has 80 % of its images from one half of the classes."""
+    task, rows = digits_zoo.split.task, digits_zoo.split.rows("segments")
+    generator = torch.Generator().manual_seed(0)
+    segments = []
+    for _ in range(2):
+        for half in (task.targets[rows] < 5, task.targets[rows] >= 5):
+            counts = ((half, 240), (~half, 60))
+            own = [
+                rows[mask][torch.randperm(int(mask.sum()), generator=generator)[:count]]
+                for mask, count in counts
+            ]
+            segments.append(torch.cat(own))
+    weights = train_networks(
+        digits_zoo.layout.program,
+        init_networks(digits_zoo.network, range(4)),
+        task.inputs,
+        task.targets,
+        segments,
+        epochs=15,
+    ).weights
+    shares = torch.stack([task.targets[s].bincount(minlength=10) / len(s) for s in segments])
+    return {key: t.unflatten(0, (2, 2)) for key, t in weights.items()}, shares
+
+
+def test_a_bias_helps_a_member_that_was_trained_on_an_80_20_class_split(
+    split_by_classes, digits_zoo, budget, score
+):
+    families, _ = split_by_classes
+    corrected, ridge = controls.bias_corrected(families, digits_zoo.layout, budget)
+    best = controls.best_members(families, digits_zoo.layout, budget)
+    assert ridge in controls.RIDGES
+    assert score(corrected) > score(best) + 0.002
+
+
+def test_a_bias_helps_members_of_skewed_segments_most(families, digits_zoo, budget, score):
+    corrected, _ = controls.bias_corrected(families, digits_zoo.layout, budget)
+    assert (
+        score(corrected) > score(controls.best_members(families, digits_zoo.layout, budget)) + 0.03
+    )
+
+
+def test_a_bias_is_all_that_is_corrected(families, digits_zoo, budget):
+    before, layout = copy_of(families), digits_zoo.layout
+    corrected, _ = controls.bias_corrected(families, layout, budget)
+    assert same(families, before)
+    for f in range(FAMILIES):
+        owners = [
+            m for m in range(4) if torch.equal(corrected["1.weight"][f], families["1.weight"][f, m])
+        ]
+        assert len(owners) == 1
+        assert torch.equal(corrected["3.weight"][f], families["3.weight"][f, owners[0]])
+        assert not torch.equal(corrected["3.bias"][f], families["3.bias"][f, owners[0]])
+
+
+def test_the_ridge_of_biases_is_chosen_on_validation_images(families, digits_zoo, budget):
+    layout = digits_zoo.layout
+    one = {key: t[:1, :1] for key, t in families.items()}
+    said = predict(layout.program, {k: t[0] for k, t in one.items()}, budget.validation[0])[0]
+    # What the member says now is called the truth on validation images: to stay is best.
+    biased = controls.Budget(budget.objective, (budget.validation[0], said.argmax(-1)))
+    assert controls.bias_corrected(one, layout, biased)[1] == max(controls.RIDGES)
+
+
+def test_the_shares_of_a_new_prior_are_found_without_labels_by_hand():
+    # A member that learned equal shares, on 8 inputs like one class and 2 like the other.
+    program = trace(nn.Sequential(nn.Linear(1, 2)), torch.zeros(2, 1))
+    layout = Layout(program, discover_program(program))
+    start = {"0.weight": torch.tensor([[[9.0], [0.0]]]), "0.bias": torch.zeros(1, 2)}
+    inputs = torch.tensor([[1.0]] * 8 + [[-1.0]] * 2)
+    images = (inputs, torch.zeros(10, dtype=torch.long))
+    budget = controls.Budget(images, images)
+    found, shares = controls.prior_corrected(start, layout, budget, torch.tensor([[0.5, 0.5]]))
+    assert shares[0].tolist() == pytest.approx([0.8, 0.2], abs=1e-3)
+    gap = found["0.bias"][0, 0] - found["0.bias"][0, 1]
+    assert float(gap) == pytest.approx(float(torch.tensor(4.0).log()), abs=1e-2)
+
+
+def test_a_prior_that_is_known_helps_members_of_an_80_20_class_split(
+    split_by_classes, digits_zoo, budget, score
+):
+    families, shares = split_by_classes
+    members = {key: t.flatten(0, 1) for key, t in families.items()}
+    found, classes = controls.prior_corrected(members, digits_zoo.layout, budget, shares)
+    assert score(found) > score(members)
+    assert torch.allclose(classes.sum(1), torch.ones(4).double())
+    assert float((classes - 0.1).abs().max()) < float((shares - 0.1).abs().max())
+
+
+def test_networks_without_an_output_bias_are_refused():
+    program = trace(nn.Sequential(nn.Linear(2, 3, bias=False)), torch.zeros(2, 2))
+    layout = Layout(program, discover_program(program))
+    with pytest.raises(StructureError, match="with a bias"):
+        controls.shifted({"0.weight": torch.zeros(1, 3, 2)}, layout, torch.zeros(1, 3))
+
+
+# ---------------------------------------------------------------------------- other members
+
+
+def test_recalibrated_members_have_their_own_statistics_on_the_inputs():
+    make = lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))  # noqa: E731
+    torch.manual_seed(0)
+    modules = [make().eval() for _ in range(4)]
+    inputs = 3 + torch.randn(50, 4)
+    program = trace(modules[0], inputs)
+    layout = Layout(program, discover_program(program))
+    families = {
+        k: t.unflatten(0, (2, 2)) for k, t in stack([m.state_dict() for m in modules]).items()
+    }
+    found = controls.recalibrated(families, layout, inputs)
+    with torch.no_grad():
+        rows = modules[3][0](inputs)
+    assert torch.allclose(found["1.running_mean"][1, 1], rows.mean(0), atol=1e-5)
+    assert torch.allclose(found["1.running_var"][1, 1], rows.var(0), rtol=1e-4)
+    assert torch.equal(found["0.weight"], families["0.weight"])
+
+
+def test_members_without_statistics_are_not_changed(families, digits_zoo, budget):
+    found = controls.recalibrated(families, digits_zoo.layout, budget.objective[0])
+    assert same(found, families)
+
+
+def test_garbage_has_the_moments_of_the_members_and_knows_nothing(families, digits_zoo, score):
+    garbage = controls.garbage_members(families, seed=1)
+    for key, tensor in families.items():
+        assert garbage[key].shape == tensor.shape
+        error = 4 * float(tensor.std()) / tensor.numel() ** 0.5
+        assert abs(float(garbage[key].mean() - tensor.mean())) < error
+        assert float(garbage[key].std() / tensor.std()) == pytest.approx(1, abs=0.15)
+    assert same(garbage, controls.garbage_members(families, seed=1))
+    assert not same(garbage, controls.garbage_members(families, seed=2))
+    assert score({key: tensor.flatten(0, 1) for key, tensor in garbage.items()}) < 0.2
+    assert score(controls.aligned_average(garbage, digits_zoo.layout)) < 0.3
+
+
+def test_fitted_ensembles_beat_the_vote(digits_zoo, budget, monkeypatch):
+    monkeypatch.setattr(
+        controls, "CONSENSUSES", (controls.learned_consensus, controls.gated_consensus)
+    )
+    layout, (inputs, targets) = digits_zoo.layout, digits_zoo.split.images("test")
+    two = {key: tensor[:2] for key, tensor in digits_zoo.unseen.items()}
+
+    def scores(families):
+        found = controls.consensuses(families, layout, budget, inputs)
+        return {name: float((c == targets).float().mean()) for name, c in found.items()}
+
+    vote = controls.votes(two, layout, inputs)["soft_vote"]
+    known = float((vote == targets).float().mean())
+    assert set(scores(two)) == {"learned_consensus", "gated_consensus"}
+    assert min(scores(two).values()) > known + 0.03
 
 
 # ---------------------------------------------------------------------------- training
