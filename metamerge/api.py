@@ -126,7 +126,7 @@ def merge(
         method: One of ``list_methods()``.
         align: One of ``list_alignments()`` or several, one after the other, such as
             ``["canonical", "weight_matching"]``; None for members as they are; ``"default"`` for
-            what the method wants.
+            what the method wants, or weight matching where it wants none and ``correct`` does.
         correct: One of ``list_corrections()``, such as ``"repair"`` or ``"refit"``, or several:
             what is done to the fused weights on the inputs of ``batches``.
         model: A module of the members' architecture; not needed where a checkpoint carries its
@@ -162,7 +162,10 @@ def merge(
     """
     clock = time.perf_counter()
     record = get_method(method)
-    align = record.align if align == "default" else align
+    if align == "default":
+        align = record.align
+        if correct and align is None and "base" not in record.required:
+            align = "weight_matching"  # corrections compare slots with the members' units
     alignments = chosen_alignments(align)
     corrections = [get_correction(name) for name in listed(correct)]
     _check_kinds(model=(model, nn.Module), spec=(spec, PermutationSpec), seed=(seed, int))
@@ -178,7 +181,7 @@ def merge(
             "would take them away from it. Leave align out, or pass align=None."
         )
     where = choose_device(device)
-    elastic = any(record.elastic for record in alignments)
+    elastic = bool(alignments) and alignments[0].elastic  # later ones get members of one width
     sources, members, named = read_members(checkpoints, elastic=elastic)
     report: dict[str, Any] = {
         "method": method,
@@ -222,13 +225,20 @@ def merge(
         report.update({name: end[name] for name, end in ends.items() if name in end})
     with torch.no_grad():
         fused = record.function(aligned, **arguments)
-        if data and layout and layout.program:
+        wider = any(fused[key].shape != tensor.shape for key, tensor in aligned[0].items())
+        if wider and corrections:
+            raise ConfigError(
+                f"correct={correct!r} compares units with the members', and {method} made a "
+                "network of other widths. Leave correct out."
+            )
+        if data and layout and layout.program and not wider:
             here = tuple(None if t is None else t.to(where) for t in data)
             fused, report["corrections"] = correct_fused(fused, aligned, layout, here, corrections)
     if resources["report"]:
         report["chosen"] = resources["report"]
     fused = _finished(fused, named, layout)
-    if layout and layout.program and data and len(data[0]) > 1:  # one input has no variance
+    measured = data and len(data[0]) > 1 and not wider  # one input has no variance
+    if layout and layout.program and measured:
         try:
             inputs = data[0][:REPORTED]
             report["variance_ratio"] = _variance_ratio(fused, aligned, layout, inputs)
@@ -236,7 +246,8 @@ def merge(
             report["variance_ratio"] = f"not measured: {error}"
     report["parameters"] = sum(t.numel() for t in fused.values() if t.is_floating_point())
     report["seconds"] = round(time.perf_counter() - clock, 4)
-    return Merged(fused, report, (layout and layout.program) or carried_program(members))
+    program = (layout and layout.program) or carried_program(members)
+    return Merged(fused, report, None if wider else program)  # the program says the widths
 
 
 def _needs_network(

@@ -49,9 +49,10 @@ def test_the_record_says_what_the_signature_says():
 
 def test_records_of_two_methods_of_the_package():
     method = get_method("cluster")
-    assert method.resources == {"layout", "batches", "generator"}
+    assert method.resources == {"layout", "batches", "generator", "report"}
     assert method.required == frozenset()
-    assert dict(method.options) == {"clusters": 2, "keep": "all", "algorithm": "ward"}
+    defaults = {"clusters": 2, "keep": "all", "algorithm": "ward", "by": "weights"}
+    assert dict(method.options) == defaults
     assert get_method("gnn").required == {"layout", "merger"}
 
 
@@ -61,8 +62,9 @@ def test_members_are_aligned_by_weights_unless_the_method_says_otherwise():
     assert (method.align, method.aligned) == (None, False)
 
 
-def test_only_weighted_average_depends_on_the_order_of_members():
-    assert [name for name in list_methods() if get_method(name).ordered] == ["weighted_average"]
+def test_only_coefficients_draws_and_paths_depend_on_the_order_of_members():
+    ordered = [name for name in list_methods() if get_method(name).ordered]
+    assert ordered == ["dare", "slerp", "weighted_average"]
 
 
 def test_a_record_cannot_be_changed():
@@ -94,9 +96,9 @@ def test_another_function_under_a_taken_name_is_refused():
 
 
 def test_an_unknown_method_is_refused_with_a_suggestion_and_the_list():
-    with pytest.raises(ConfigError, match=r"'avrage'\. Did you mean 'average'\?.*cluster, gnn,"):
+    with pytest.raises(ConfigError, match=r"'avrage'\. Did you mean 'average'\?.*cluster, dare,"):
         get_method("avrage")
-    with pytest.raises(ConfigError, match=r"'zzz'\. Methods: average"):
+    with pytest.raises(ConfigError, match=r"'zzz'\. Methods: adaptive"):
         get_method("zzz")
 
 
