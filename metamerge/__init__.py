@@ -2,5 +2,6 @@
 
 from metamerge.api import Merged, merge
 from metamerge.registry import list_methods
+from metamerge.streaming import merge_files
 
-__all__ = ["Merged", "list_methods", "merge"]
+__all__ = ["Merged", "list_methods", "merge", "merge_files"]

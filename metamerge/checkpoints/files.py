@@ -38,7 +38,7 @@ def read_file(path: Path, max_bytes: int) -> Checkpoint:
                 f"{name}: holds families of a zoo. Address one as "
                 f"{display(path.parent)}#{path.stem}/<family> or .../<family>/<member>."
             )
-        _refuse_placeholder(file, name)
+        refuse_placeholder(file, name)
         verified = verify(file, path, manifest)
         weights, metadata = _read_content(file, path, name, max_bytes)
     if not verified:
@@ -46,8 +46,16 @@ def read_file(path: Path, max_bytes: int) -> Checkpoint:
     return Checkpoint(name, weights, manifest.get("program"), manifest.get("metadata", {}), True)
 
 
-def _refuse_placeholder(file: BinaryIO, name: str) -> None:
-    """Refuse files that stand for one that was never downloaded."""
+def refuse_placeholder(file: BinaryIO, name: str) -> None:
+    """Refuse files that stand for one that was never downloaded.
+
+    Args:
+        file: Open file that stands at its start.
+        name: What messages call it.
+
+    Raises:
+        Unreadable: If it is empty or a Git LFS pointer.
+    """
     start = file.read(len(_LFS))
     if not start:
         raise Unreadable(f"{name}: is empty. Download or copy it again.")

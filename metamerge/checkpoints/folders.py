@@ -17,9 +17,6 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".dat")
 def read_folder(folder: Path, max_bytes: int) -> Checkpoint:
     """Read the one checkpoint that a folder holds.
 
-    An index of shards comes first, then ``model.safetensors``, then the only file with the ending
-    of a checkpoint.
-
     Args:
         folder: Folder to look into; folders below it are left alone.
         max_bytes: Largest number of tensor bytes.
@@ -32,14 +29,35 @@ def read_folder(folder: Path, max_bytes: int) -> Checkpoint:
         CheckpointError: If the checkpoint cannot be read safely and in full.
         IncompatibleWeights: If a tensor cannot be merged.
     """
+    path = find_checkpoint(folder)
+    if path.name.endswith(INDEX_SUFFIX):
+        return read_sharded(path, max_bytes)
+    return read_file(path, max_bytes)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Find the one checkpoint that a folder holds.
+
+    An index of shards comes first, then ``model.safetensors``, then the only file with the ending
+    of a checkpoint.
+
+    Args:
+        folder: Folder to look into; folders below it are left alone.
+
+    Returns:
+        Path of the file, or of the index of shards.
+
+    Raises:
+        Unreadable: If the folder holds no checkpoint or several, or is a zoo.
+    """
     _check_manifest(folder)
     names = _names(folder)
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if len(indexes) == 1:
-        return read_sharded(folder / indexes[0], max_bytes)
+        return folder / indexes[0]
     files = [name for name in names if Path(name).suffix.lower() in _SUFFIXES]
     if SINGLE_NAME in files and not indexes:
-        return read_file(folder / SINGLE_NAME, max_bytes)
+        return folder / SINGLE_NAME
     choices = indexes + files
     if not choices:
         raise Unreadable(f"{display(folder)}: holds no checkpoint ({', '.join(_SUFFIXES)}).")
@@ -48,7 +66,7 @@ def read_folder(folder: Path, max_bytes: int) -> Checkpoint:
         raise Unreadable(
             f"{display(folder)}: holds {len(choices)} checkpoint files ({listed}). Give one file."
         )
-    return read_file(folder / choices[0], max_bytes)
+    return folder / choices[0]
 
 
 def _check_manifest(folder: Path) -> None:

@@ -18,7 +18,7 @@ from metamerge.errors import IncompatibleWeights, TooLarge, Truncated, Unreadabl
 
 MAX_HEADER_BYTES = 100 * 10**6
 _MAX_AXES = 64
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -217,8 +217,8 @@ def _counts(values: object) -> bool:
 
 
 def _dtype(code: object, where: str) -> torch.dtype:
-    if isinstance(code, str) and code in _DTYPES:
-        return _DTYPES[code]
+    if isinstance(code, str) and code in DTYPES:
+        return DTYPES[code]
     if isinstance(code, str) and code.startswith(_NOT_MERGEABLE):
         raise IncompatibleWeights(f"{where} has dtype {code}. Convert it to BF16 or F32 first.")
     raise Unreadable(f"{where} has an unknown dtype {str(code)[:50]!r}.")

@@ -29,13 +29,8 @@ def read_sharded(index: Path, max_bytes: int) -> Checkpoint:
         CheckpointError: If a shard is damaged.
         IncompatibleWeights: If a tensor cannot be merged.
     """
-    document = read_json_object(index)
-    weight_map = _weight_map(document, index)
+    document, weight_map = read_index(index, max_bytes)
     shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        _check_inside(shard, index)
-    _check_present(shards, index)
-    _check_listed(weight_map, shards, index, max_bytes)
     parts = [read_file(index.parent / shard, max_bytes) for shard in shards]
     merged = {key: tensor for part in parts for key, tensor in part.weights.items()}
     if merged.keys() != weight_map.keys():
@@ -48,6 +43,33 @@ def read_sharded(index: Path, max_bytes: int) -> Checkpoint:
         metadata=metadata if isinstance(metadata, dict) else {},
         verified=all(part.verified for part in parts),
     )
+
+
+def read_index(index: Path, max_bytes: int) -> tuple[dict, dict[str, str]]:
+    """Read an index and compare it with the headers of its shards; no tensor is read.
+
+    Args:
+        index: File ``<stem>.safetensors.index.json``; its shards lie in the same folder.
+        max_bytes: Largest number of tensor bytes of all shards together.
+
+    Returns:
+        The whole document, and name of a tensor -> file name of its shard.
+
+    Raises:
+        Unsafe: If the index names a file outside its folder.
+        Unreadable: If a shard or tensor is missing, unlisted or ambiguous.
+        TooLarge: If the shards hold more than the limit.
+        CheckpointError: If a shard is damaged.
+        IncompatibleWeights: If a tensor cannot be merged.
+    """
+    document = read_json_object(index)
+    weight_map = _weight_map(document, index)
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        _check_inside(shard, index)
+    _check_present(shards, index)
+    _check_listed(weight_map, shards, index, max_bytes)
+    return document, weight_map
 
 
 def _weight_map(document: dict, index: Path) -> dict[str, str]:

@@ -9,7 +9,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -60,25 +61,55 @@ def save_checkpoint(
     """
     target = check_output(folder, overwrite=overwrite)
     tensors = _storable(weights)
-    manifest = {
-        "format": CHECKPOINT_FORMAT,
-        "files": {},
-        "metadata": metadata or {},
-        "program": program,
-    }
-    _as_json(manifest)  # fails before anything is written
+    _manifest({}, metadata or {}, program)  # fails before anything is written
+    with whole_folder(target, overwrite=overwrite) as partial:
+        digest = _write_tensors(tensors, partial / WEIGHTS_NAME)
+        write_manifest(partial, {WEIGHTS_NAME: digest}, metadata=metadata or {}, program=program)
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Fill a new folder that takes the target's place at the end, or vanishes with an error.
+
+    Args:
+        target: Folder, as ``check_output`` returned it; made with its parents.
+        overwrite: Whether it may take the place of a folder that is not empty.
+
+    Yields:
+        The folder to write files into, each of which has to be synced.
+
+    Raises:
+        ConfigError: If someone else wrote to the target meanwhile.
+        OSError: If the disk is full or read-only; the target is then as it was before.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{secrets.token_hex(6)}.partial"
     try:
         partial.mkdir()
-        digest = _write_tensors(tensors, partial / WEIGHTS_NAME)
-        manifest["files"][WEIGHTS_NAME] = {"sha256": digest}
-        _write_text(_as_json(manifest), partial / MANIFEST_NAME)
+        yield partial
         sync(partial)
         _put_in_place(partial, target, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what is left over: the new or the old folder
-    return target
+
+
+def write_manifest(
+    folder: Path, digests: Mapping[str, str], *, metadata: dict, program: dict | None
+) -> None:
+    """Write and sync the manifest of a checkpoint.
+
+    Args:
+        folder: Where its files lie.
+        digests: File name -> sha256 in hexadecimal digits.
+        metadata: What to record; must be JSON.
+        program: JSON graph of the network, or None.
+
+    Raises:
+        ConfigError: If metadata or program are not JSON.
+        OSError: If it cannot be written.
+    """
+    write_text(_manifest(digests, metadata, program), folder / MANIFEST_NAME)
 
 
 def check_output(
@@ -171,7 +202,13 @@ def _untied(weights: Weights) -> Weights:
     return untied
 
 
-def _as_json(manifest: dict) -> str:
+def _manifest(digests: Mapping[str, str], metadata: dict, program: dict | None) -> str:
+    manifest = {
+        "format": CHECKPOINT_FORMAT,
+        "files": {name: {"sha256": digest} for name, digest in digests.items()},
+        "metadata": metadata,
+        "program": program,
+    }
     try:
         return json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
@@ -191,7 +228,16 @@ def _write_tensors(weights: Weights, path: Path) -> str:
         return sha256(file)
 
 
-def _write_text(text: str, path: Path) -> None:
+def write_text(text: str, path: Path) -> None:
+    """Write and sync a new text file.
+
+    Args:
+        text: Its content.
+        path: Where; there must not be a file of this name.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -31,7 +31,7 @@ def failing(code):
 FAILURES = {
     "sync": ("os.fsync", errno.ENOSPC),
     "library": ("metamerge.checkpoints.writing.save_file", errno.ENOSPC),
-    "manifest": ("metamerge.checkpoints.writing._write_text", errno.ENOSPC),
+    "manifest": ("metamerge.checkpoints.writing.write_text", errno.ENOSPC),
     "folder": ("pathlib.Path.mkdir", errno.EROFS),
     "rename": ("metamerge.checkpoints.writing._put_in_place", errno.EIO),
 }
