@@ -13,6 +13,7 @@ from torch import Tensor
 from metamerge.weights import Weights
 
 _STATISTICS = ("running_mean", "running_var")
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has no maximum of these
 _PIECE = 2**19  # entries of all members: 2 MiB in float32, so that sums do not leave the cache
 
 
@@ -118,9 +119,16 @@ def restore(fused: Weights, weights: Sequence[Weights]) -> Weights:
     return {
         key: fused[key].to(common[key])
         if key in common
-        else torch.stack([member[key] for member in weights]).amax(0)
+        else _largest([member[key] for member in weights])
         for key in weights[0]
     }
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    stacked = torch.stack(list(tensors))
+    if stacked.dtype in _UNSIGNED:
+        return torch.from_numpy(stacked.cpu().numpy().max(0)).to(stacked.device)
+    return stacked.amax(0)
 
 
 def dtypes(weights: Sequence[Weights]) -> dict[str, torch.dtype]:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from metamerge.methods import average
@@ -55,3 +56,11 @@ def test_names_may_stand_in_another_order():
 
 def test_empty_tensors_pass_through():
     assert average([{"w": torch.zeros(0, 3)}] * 2)["w"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bool])
+def test_of_tensors_that_count_the_maximum_is_taken_whatever_their_dtype(dtype):
+    members = [{"steps": torch.tensor(numbers).to(dtype)} for numbers in ([1, 0], [0, 1], [1, 1])]
+    fused = average(members)["steps"]
+    assert fused.dtype == dtype
+    assert fused.to(torch.int64).tolist() == [1, 1]
