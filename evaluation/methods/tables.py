@@ -1,0 +1,194 @@
+"""What the table of all methods leaves behind: the terminal's tables, files and pictures."""
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.plots import COLOURS
+
+STARTS = {"own": "inits of their own", "common": "fine-tuned from a common base"}
+IMAGES = ("none", "unlabelled", "labelled", "segments")
+COLUMNS = (
+    *("setting", "start", "method", "members", "data", "accuracy_mean", "accuracy_std"),
+    *("accuracy_worst", "families", "seconds", "parameters", "control", "error"),
+)
+
+Row = Mapping[str, Any]
+
+
+def print_tables(console: Console, rows: Sequence[Row], titles: Mapping[str, str]) -> None:
+    """Print a table per start: a line per method and data, a column per setting.
+
+    Args:
+        console: Where to print.
+        rows: All rows.
+        titles: Setting -> what it is.
+    """
+    for start, told in STARTS.items():
+        own = [row for row in rows if row["start"] == start]
+        if not own:
+            continue
+        settings = [name for name in titles if any(row["setting"] == name for row in own)]
+        table = Table(
+            title=f"Members with {told}" if start == "own" else f"Members {told}",
+            caption="test accuracy in %, mean ± std over families; controls in italics; "
+            "s: seconds per merge, summed over settings",
+        )
+        table.add_column("method")
+        table.add_column("images", no_wrap=True)
+        for name in settings:
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("s", justify="right", no_wrap=True)
+        for (method, data), found in _lines(own):
+            cells = [_cell(found.get(name)) for name in settings]
+            seconds = sum(row.get("seconds", 0.0) for row in found.values())
+            style = "italic" if next(iter(found.values()))["control"] else None
+            table.add_row(method, data, *cells, f"{seconds:.1f}", style=style)
+        console.print(table)
+    for name, title in titles.items():
+        members = next((r["members"] for r in rows if r["setting"] == name and "members" in r), 0)
+        console.print(f"{name}: {title}, K={members}", highlight=False)
+    for row in rows:
+        if "error" in row:
+            place = f"{row['setting']}, {row['start']}, {row['data']}"
+            console.print(f"[red]{row['method']}[/] ({place}): {row['error']}", highlight=False)
+
+
+def _lines(rows: Sequence[Row]) -> list[tuple[tuple[str, str], dict[str, Row]]]:
+    """Method and data -> setting -> row, best first."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["data"]), {})[row["setting"]] = row
+    return sorted(found.items(), key=lambda item: -_standing(item[1], rows))
+
+
+def _standing(found: Mapping[str, Row], rows: Sequence[Row]) -> float:
+    """Mean over settings of the accuracy, relative to the best of each setting."""
+    best: dict[str, float] = {}
+    for row in rows:
+        reached = row.get("accuracy_mean", 0.0)
+        best[row["setting"]] = max(best.get(row["setting"], 1e-9), reached)
+    shares = [row.get("accuracy_mean", 0.0) / best[name] for name, row in found.items()]
+    return sum(shares) / len(shares)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if "accuracy_mean" not in row:
+        return "error"
+    mean, spread = 100 * row["accuracy_mean"], 100 * row["accuracy_std"]
+    return f"{mean:.2f}" if row["families"] == 1 else f"{mean:.1f} ± {spread:.1f}"
+
+
+def write_tables(out: Path, name: str, rows: Sequence[Row], titles: Mapping[str, str]) -> None:
+    """Write ``<name>.json``, ``.csv`` and ``.md``, and a picture per setting and start.
+
+    Args:
+        out: Folder, made if missing.
+        name: What files are called.
+        rows: All rows.
+        titles: Setting -> what it is.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / f"{name}.json", json.dumps(list(rows), indent=1) + "\n")
+    lines = StringIO()
+    writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(out / f"{name}.csv", lines.getvalue())
+    _write(out / f"{name}.md", markdown(rows, titles))
+    for setting, start in dict.fromkeys((row["setting"], row["start"]) for row in rows):
+        own = [r for r in rows if (r["setting"], r["start"]) == (setting, start)]
+        figure = methods_figure(own, title=f"{titles[setting]}\n{STARTS[start]}")
+        figure.savefig(out / f"{name}-{setting}-{start}.png", dpi=130)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
+    """The tables of ``print_tables`` in Markdown.
+
+    Args:
+        rows: All rows.
+        titles: Setting -> what it is.
+
+    Returns:
+        Text that ends in a line break.
+    """
+    parts = []
+    for start, told in STARTS.items():
+        own = [row for row in rows if row["start"] == start]
+        settings = [name for name in titles if any(row["setting"] == name for row in own)]
+        if not own:
+            continue
+        parts += [f"## Members: {told}", ""]
+        parts += [f"| method | images | {' | '.join(settings)} |"]
+        parts += ["|---|---|" + "---|" * len(settings)]
+        for (method, data), found in _lines(own):
+            shown = f"*{method}*" if next(iter(found.values()))["control"] else method
+            cells = " | ".join(_cell(found.get(name)) for name in settings)
+            parts.append(f"| {shown} | {data} | {cells} |")
+        parts.append("")
+    parts += ["Test accuracy in %, mean ± standard deviation over families; *controls* in italics."]
+    parts += [f"- {name}: {title}" for name, title in titles.items()]
+    return "\n".join(parts) + "\n"
+
+
+def methods_figure(rows: Sequence[Row], *, title: str) -> Figure:
+    """A line per method, a dot per kind of data; hollow dots are controls.
+
+    Args:
+        rows: Rows of one setting and start.
+        title: Headline.
+
+    Returns:
+        The figure.
+    """
+    rows = [row for row in rows if "accuracy_mean" in row]
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["method"]] = max(best.get(row["method"], 0.0), row["accuracy_mean"])
+    methods = sorted(best, key=best.__getitem__)
+    height = 0.21 * len(methods) + 1.6
+    figure = Figure(figsize=(8.5, height), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for row in rows:
+        colour = COLOURS[IMAGES.index(row["data"])]
+        axes.errorbar(
+            100 * row["accuracy_mean"],
+            methods.index(row["method"]),
+            xerr=100 * row["accuracy_std"],
+            fmt="o",
+            markersize=4,
+            linewidth=0.9,
+            color=colour,
+            markerfacecolor="white" if row["control"] else colour,
+        )
+    axes.set_yticks(range(len(methods)), methods, fontsize=7)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_ylim(-0.7, len(methods) - 0.3)
+    axes.set_xlabel("test accuracy in %, mean and standard deviation over families", fontsize=9)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+    axes.grid(axis="y", linewidth=0.2, alpha=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    shown = [data for data in IMAGES if any(row["data"] == data for row in rows)]
+    dots = [Line2D([], [], color=COLOURS[IMAGES.index(d)], marker="o", lw=0, ms=4) for d in shown]
+    dots.append(Line2D([], [], color="grey", marker="o", markerfacecolor="white", lw=0, ms=4))
+    names = [{"none": "no images", "segments": "all segments"}.get(d, f"{d} images") for d in shown]
+    axes.legend(dots, [*names, "control"], loc="lower right", fontsize=7, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    return figure

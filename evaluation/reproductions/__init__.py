@@ -1,0 +1,1 @@
+"""Experiments of published papers, run again: one module and one command each."""
