@@ -15,20 +15,13 @@ from torch import Tensor, nn
 from evaluation.gates import noise
 from evaluation.metrics import accuracy, family_logits
 from metamerge.alignment import weight_matching
+from metamerge.checkpoints import Checkpoint
 from metamerge.corrections.batch_norm import recalibrate
-from metamerge.ensembles import (
-    Seen,
-    convolutional_consensus,
-    gated_consensus,
-    learned_consensus,
-    majority_vote,
-    stacking,
-    weighted_consensus,
-)
+from metamerge.ensembles import ensemble, majority_vote
 from metamerge.ensembles.fitting import descend
 from metamerge.errors import StructureError
 from metamerge.structure import OUTPUTS, Layout
-from metamerge.weights import Weights
+from metamerge.weights import Weights, unstack
 from zoo.architectures import frozen
 from zoo.training import Loss, cross_entropy, distillation, init_networks, predict, train_networks
 
@@ -38,11 +31,7 @@ EM_STEPS = 200
 MANY = 2000  # images from which on controls take larger batches
 SCRATCH_EPOCHS = 60
 TUNE_EPOCHS = 30
-
-CONSENSUSES = (
-    *(weighted_consensus, learned_consensus, convolutional_consensus),
-    *(gated_consensus, stacking),
-)
+AT_ONCE = 1000  # images that an ensemble is asked about at a time
 
 Images = tuple[Tensor, Tensor]
 
@@ -329,31 +318,29 @@ def votes(families: Weights, layout: Layout, inputs: Tensor) -> dict[str, Tensor
     }
 
 
-def consensuses(
-    families: Weights, layout: Layout, budget: Budget, inputs: Tensor
-) -> dict[str, Tensor]:
-    """Classes that ensembles choose which were fitted to the labelled objective images.
+def ensembles(
+    families: Weights, layout: Layout, budget: Budget, inputs: Tensor, *, kind: str, seed: int = 0
+) -> Tensor:
+    """What ensembles of one kind say, which are fitted to the labelled objective images if at all.
 
     Args:
         families: ``[f, m, ...]``.
         layout: Weight graph of the architecture.
-        budget: The images that they are fitted to.
+        budget: The images that they may be fitted to.
         inputs: The images that they are asked about, ``[b, ...]``.
+        kind: One of ``metamerge.ensembles.list_ensembles()``, for classifiers.
+        seed: Seed of the first family's ensemble; each of the others has the next one.
 
     Returns:
-        Name of the consensus -> ``[f, b]``.
+        Logarithms of probabilities, ``[f, b, c]``.
     """
-    images, labels = budget.everything
-    known, asked = (family_logits(layout.program, families, x) for x in (images, inputs))
-    return {
-        fit.__name__: torch.stack(
-            [
-                fit(Seen(own, images), labels)(Seen(theirs, inputs)).argmax(-1)
-                for own, theirs in zip(known, asked, strict=True)
-            ]
-        )
-        for fit in CONSENSUSES
-    }
+    program, said = layout.program.to_json(), []
+    for index, family in enumerate(unstack(families)):
+        sources = [Checkpoint(f"member {m}", w, program) for m, w in enumerate(unstack(family))]
+        made = ensemble(sources, kind=kind, batches=budget.everything, seed=seed + index)
+        with torch.no_grad():
+            said.append(torch.cat([made(some) for some in inputs.split(AT_ONCE)]))
+    return torch.stack(said)
 
 
 def _trained(

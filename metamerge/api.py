@@ -21,17 +21,10 @@ from metamerge.calibration import Batches, collect
 from metamerge.checkpoints import Source, save_checkpoint
 from metamerge.corrections.correcting import correct_fused
 from metamerge.corrections.refit import observe
+from metamerge.declaration import Record, bind, check_options
 from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
 from metamerge.network import Data, Given, carried_program, find_network
-from metamerge.registry import (
-    Alignment,
-    MergeMethod,
-    Record,
-    bind,
-    check_options,
-    get_correction,
-    get_method,
-)
+from metamerge.registry import Alignment, MergeMethod, get_correction, get_method
 from metamerge.sources import choose_device, read_base, read_members, read_merger
 from metamerge.structure import Inputs, Layout, PermutationSpec, Program
 from metamerge.weights import (

@@ -21,16 +21,21 @@ _CHUNK = 256  # inputs per pass: the widest feature map of all members has to fi
 _GIVE = "Give a tensor of inputs [b, ...], a pair (inputs, labels), or an iterable of these."
 
 
-def collect(batches: Batches, *, labelled: bool) -> tuple[Tensor, Tensor | None]:
+def collect(
+    batches: Batches, *, labelled: bool, numbers: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Check calibration data and join its batches.
 
     Args:
         batches: Inputs ``[b, ...]``, a tuple of inputs and labels ``[b]``, or an iterable of either
             (such as a ``DataLoader``), which is read once to its end.
         labelled: Whether labels are needed.
+        numbers: Whether targets, numbers ``[b, o]`` or ``[b]`` that the network should put out,
+            stand where otherwise labels do.
 
     Returns:
-        Inputs ``[b, ...]`` in float32, and labels ``[b]``; None for the labels if there are none.
+        Inputs ``[b, ...]`` in float32, and labels ``[b]`` or targets ``[b, o]``; None for these if
+        there are none.
 
     Raises:
         ConfigError: If there is nothing, labels are needed and missing, or a batch has the wrong
@@ -41,25 +46,34 @@ def collect(batches: Batches, *, labelled: bool) -> tuple[Tensor, Tensor | None]
         >>> inputs.shape, labels
         (torch.Size([3, 3]), None)
     """
-    pairs = []
+    pairs, what = [], "targets" if numbers else "labels"
     for where, batch in _named(batches):
         inputs, labels = _split(where, batch)
         _check_inputs(where, inputs, pairs[0][0] if pairs else None)
         if labels is not None:
-            _check_labels(where, labels, len(inputs))
+            check = _check_targets if numbers else _check_labels
+            check(where, labels, len(inputs))
         elif labelled:
-            raise ConfigError(f"{where} has no labels. Pass pairs (inputs, labels).")
+            raise ConfigError(f"{where} has no {what}. Pass pairs (inputs, {what}).")
         pairs.append((inputs.to(torch.float32), labels))
     if not pairs or not sum(len(inputs) for inputs, _ in pairs):
         raise ConfigError(f"batches holds no inputs. {_GIVE}")
     having = [labels is not None for _, labels in pairs]
     if any(having) and not all(having):
         raise ConfigError(
-            f"batches[{having.index(False)}] has no labels, batches[{having.index(True)}] has. "
-            f"Pass labels with all batches or with none."
+            f"batches[{having.index(False)}] has no {what}, batches[{having.index(True)}] has. "
+            f"Pass {what} with all batches or with none."
         )
     inputs = torch.cat([inputs for inputs, _ in pairs])
-    return inputs, torch.cat([y.long() for _, y in pairs]) if all(having) else None
+    if not all(having):
+        return inputs, None
+    if not numbers:
+        return inputs, torch.cat([labels.long() for _, labels in pairs])
+    targets = [t[:, None] if t.ndim == 1 else t for _, t in pairs]
+    if len({t.shape[1:] for t in targets}) > 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in targets)
+        raise ConfigError(f"batches: targets have shapes {shapes}. Only the first axis may differ.")
+    return inputs, torch.cat(targets)
 
 
 def losses(weights: Sequence[Weights], layout: Layout, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -246,6 +260,14 @@ def _check_inputs(where: str, inputs: Tensor, first: Tensor | None) -> None:
         raise ConfigError(
             f"{where}: inputs hold {bad} values of {inputs.numel()} that are NaN or infinite. "
             f"Leave these inputs out."
+        )
+
+
+def _check_targets(where: str, targets: Tensor, count: int) -> None:
+    if targets.shape[:1] != (count,):
+        raise ConfigError(
+            f"{where}: targets have shape {tuple(targets.shape)}, expected ({count}, outputs), the "
+            f"numbers that the network should put out for each input."
         )
 
 

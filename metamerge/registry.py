@@ -1,65 +1,16 @@
-"""The registers of merge methods, alignments and corrections: a signature is the declaration.
+"""The registers of merge methods, alignments and corrections; a signature is the declaration."""
 
-It is read once, and the function stays what it was. What a function needs beside the members, its
-*resources*, it asks for by name; every other keyword-only parameter is an option of the user's.
-"""
-
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from metamerge.declaration import Record, read_declaration
 from metamerge.errors import ConfigError
+from metamerge.lookup import Register
 from metamerge.weights import Weights
 
 MethodFunction = TypeVar("MethodFunction", bound=Callable[..., Weights])
-
-RESOURCES: Mapping[str, str] = MappingProxyType(
-    {
-        "base": "pass base=<the checkpoint that the members were fine-tuned from>",
-        "layout": "pass model=<an nn.Module of the members' architecture>",
-        "batches": "pass batches=<calibration inputs, or (inputs, labels) pairs>",
-        "generator": "pass seed=<a whole number>",
-        "merger": "train one with `accelerate launch trainers/merger.py` and pass merger=<folder>",
-        "labels": "pass batches=<(inputs, labels) pairs>",
-        "report": "pass report=<a dict that takes what was chosen and why>",
-    }
-)
-"""Everything that a method may ask for -> how a user gives it; a layout is program and spec."""
-
-
-class _Required:
-    def __repr__(self) -> str:
-        return "REQUIRED"
-
-
-REQUIRED = _Required()
-"""Stands where an option has no default."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the signature of a merge method, an alignment or a correction declares.
-
-    Attributes:
-        name: Name of the function, of its file, and in ``merge(...)``.
-        function: The function, unchanged.
-        paper: Where it is published, such as ``arXiv:2203.05482``; None if nowhere.
-        resources: Names out of ``RESOURCES`` that it can use.
-        required: Those of its resources that it cannot do without.
-        options: Name of an option -> default, or ``REQUIRED``.
-        summary: First line of its docstring.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    paper: str | None
-    resources: frozenset[str]
-    required: frozenset[str]
-    options: Mapping[str, Any]
-    summary: str
 
 
 @dataclass(frozen=True)
@@ -107,9 +58,10 @@ class Alignment(Record):
     elastic: bool = False
 
 
-_METHODS: dict[str, MergeMethod] = {}
-_ALIGNMENTS: dict[str, Alignment] = {}
-_CORRECTIONS: dict[str, Record] = {}
+_SEVERAL = "None, or one or several of"
+_METHODS = Register[MergeMethod]("merge method", "method", "metamerge.methods")
+_ALIGNMENTS = Register[Alignment]("alignment", "align", "metamerge.alignment", _SEVERAL)
+_CORRECTIONS = Register[Record]("correction", "correct", "metamerge.corrections", _SEVERAL)
 
 
 def merge_method(
@@ -142,13 +94,14 @@ def merge_method(
         ConfigError: If the signature is not that of a merge method, or the name is taken.
 
     Examples:
+        >>> from collections.abc import Sequence
         >>> @merge_method(paper="arXiv:2203.05482")
         ... def first(weights: Sequence[Weights], *, scale: float = 1.0) -> Weights:
         ...     "Take the first member, scaled."
         ...     return {key: scale * tensor for key, tensor in weights[0].items()}
         >>> get_method("first").options
         mappingproxy({'scale': 1.0})
-        >>> _ = _METHODS.pop("first")
+        >>> _ = _METHODS.records.pop("first")
     """
     if callable(paper):
         raise ConfigError("merge_method takes arguments: write @merge_method() above the function.")
@@ -163,8 +116,9 @@ def merge_method(
     }
 
     def register(function: MethodFunction) -> MethodFunction:
-        declared = _read(function, paper, "merge method", ["the members' weights"])
-        _enter(_METHODS, MergeMethod(**declared, **tags), "merge method")
+        taken = ["the members' weights"]
+        declared = read_declaration(function, paper, kind=_METHODS.kind, positional=taken)
+        _METHODS.enter(MergeMethod(**declared, **tags))
         return function
 
     return register
@@ -186,9 +140,9 @@ def alignment(
     """
 
     def register(function: MethodFunction) -> MethodFunction:
-        declared = _read(function, paper, "alignment", ["the members' weights", "their spec"])
-        record = Alignment(**declared, permutes=permutes, elastic=elastic)
-        _enter(_ALIGNMENTS, record, "alignment")
+        taken = ["the members' weights", "their spec"]
+        declared = read_declaration(function, paper, kind=_ALIGNMENTS.kind, positional=taken)
+        _ALIGNMENTS.enter(Alignment(**declared, permutes=permutes, elastic=elastic))
         return function
 
     return register
@@ -206,46 +160,29 @@ def correction(paper: str | None = None) -> Callable[[MethodFunction], MethodFun
     Returns:
         A decorator that stores the record and returns the function unchanged.
     """
-    taken = ["fused weights", "members", "their layout", "inputs"]
 
     def register(function: MethodFunction) -> MethodFunction:
-        _enter(_CORRECTIONS, Record(**_read(function, paper, "correction", taken)), "correction")
+        taken = ["fused weights", "members", "their layout", "inputs"]
+        declared = read_declaration(function, paper, kind=_CORRECTIONS.kind, positional=taken)
+        _CORRECTIONS.enter(Record(**declared))
         return function
 
     return register
 
 
 def list_methods() -> list[str]:
-    """List the names of all merge methods, sorted.
-
-    Returns:
-        Names for ``merge(..., method=name)``.
-    """
-    import metamerge.methods  # noqa: F401  (registers the methods of this package)
-
-    return sorted(_METHODS)
+    """List the names of all merge methods for ``merge(..., method=name)``, sorted."""
+    return _METHODS.names()
 
 
 def list_alignments() -> list[str]:
-    """List the names of all alignments, sorted.
-
-    Returns:
-        Names for ``merge(..., align=name)``.
-    """
-    import metamerge.alignment  # noqa: F401
-
-    return sorted(_ALIGNMENTS)
+    """List the names of all alignments for ``merge(..., align=name)``, sorted."""
+    return _ALIGNMENTS.names()
 
 
 def list_corrections() -> list[str]:
-    """List the names of all corrections, sorted.
-
-    Returns:
-        Names for ``merge(..., correct=name)``.
-    """
-    import metamerge.corrections  # noqa: F401
-
-    return sorted(_CORRECTIONS)
+    """List the names of all corrections for ``merge(..., correct=name)``, sorted."""
+    return _CORRECTIONS.names()
 
 
 def get_method(name: str) -> MergeMethod:
@@ -260,13 +197,7 @@ def get_method(name: str) -> MergeMethod:
     Raises:
         ConfigError: If there is no such method; suggests what could have been meant.
     """
-    known = list_methods()
-    if name not in known:
-        raise ConfigError(
-            f"There is no merge method {name!r}.{_suggestion(name, known)} "
-            f"Methods: {', '.join(known)}."
-        )
-    return _METHODS[name]
+    return _METHODS.get(name)
 
 
 def get_alignment(name: str) -> Alignment:
@@ -281,7 +212,7 @@ def get_alignment(name: str) -> Alignment:
     Raises:
         ConfigError: If there is no such alignment; suggests what could have been meant.
     """
-    return _ALIGNMENTS[_known("align", name, list_alignments())]
+    return _ALIGNMENTS.get(name)
 
 
 def get_correction(name: str) -> Record:
@@ -296,132 +227,4 @@ def get_correction(name: str) -> Record:
     Raises:
         ConfigError: If there is no such correction; suggests what could have been meant.
     """
-    return _CORRECTIONS[_known("correct", name, list_corrections())]
-
-
-def _known(argument: str, name: str, known: Sequence[str]) -> str:
-    if name not in known:
-        raise ConfigError(
-            f"{argument}: got {name!r}.{_suggestion(name, known)} Expected None, or one or several "
-            f"of {', '.join(map(repr, known))}."
-        )
-    return name
-
-
-def _enter(register: dict[str, Any], record: Record, kind: str) -> None:
-    known = register.get(record.name)
-    if known is not None and _origin(known.function) != _origin(record.function):
-        raise ConfigError(
-            f"{_origin(record.function)}: there is a {kind} {record.name!r} already, "
-            f"{_origin(known.function)}. Give one of the two another name."
-        )
-    register[record.name] = record
-
-
-def bind(
-    method: Record, resources: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Choose the keyword arguments that a method is called with.
-
-    Args:
-        method: The method.
-        resources: Resource -> what is at hand; None counts as not there. Those that the method does
-            not ask for are left out.
-        options: The user's options.
-
-    Returns:
-        Arguments for ``method.function(weights, **arguments)``.
-
-    Raises:
-        ConfigError: If an option is unknown or missing, or a resource that the method requires is.
-    """
-    check_options(method, options)
-    given = {name: resources.get(name) for name in sorted(method.resources)}
-    for name in given:
-        if given[name] is None and name in method.required:
-            raise ConfigError(f"{method.name} needs {name!r}: {RESOURCES[name]}.")
-    return {**{name: value for name, value in given.items() if value is not None}, **options}
-
-
-def check_options(method: Record, options: Mapping[str, Any]) -> None:
-    """Check that a method has the options that a user gives, and gets those that it needs.
-
-    Args:
-        method: The method.
-        options: The user's options.
-
-    Raises:
-        ConfigError: If an option is unknown or missing.
-    """
-    for name in options:
-        if name not in method.options:
-            raise ConfigError(
-                f"{method.name} has no option {name!r}.{_suggestion(name, method.options)} "
-                f"{_options_of(method)}"
-            )
-    for name, default in method.options.items():
-        if default is REQUIRED and name not in options:
-            raise ConfigError(f"{method.name} needs the option {name!r}. {_options_of(method)}")
-
-
-def _read(
-    function: Callable[..., Any], paper: str | None, kind: str, positional: Sequence[str]
-) -> dict[str, Any]:
-    """Read what a signature and a docstring declare: the fields of ``Record``."""
-    parameters = list(inspect.signature(function).parameters.values())
-    taken, named = parameters[: len(positional)], parameters[len(positional) :]
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if len(taken) < len(positional) or any(p.kind not in plain for p in taken):
-        only = "its only positional parameter" if len(positional) == 1 else "positional parameters"
-        first = "weights" if len(positional) == 1 else ", ".join(f"<{p}>" for p in positional)
-        raise ConfigError(
-            f"{_origin(function)}: {_article(kind)} takes {', '.join(positional)} as {only}. Write "
-            f"`def {function.__name__}({first}, *, ...)`."
-        )
-    for parameter in named:
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            raise ConfigError(
-                f"{_origin(function)}: parameter {str(parameter)!r} of {_article(kind)} must be "
-                f"keyword-only. Write it behind a `*`, under a name of its own."
-            )
-    summary = (inspect.getdoc(function) or "").partition("\n")[0]
-    if not summary:
-        raise ConfigError(
-            f"{_origin(function)} has no docstring. Give it one; its first line is what users see."
-        )
-    defaults = {
-        p.name: REQUIRED if p.default is inspect.Parameter.empty else p.default for p in named
-    }
-    resources = frozenset(defaults) & frozenset(RESOURCES)
-    return {
-        "name": function.__name__,
-        "function": function,
-        "paper": paper,
-        "resources": resources,
-        "required": frozenset(name for name in resources if defaults[name] is REQUIRED),
-        "options": MappingProxyType({n: d for n, d in defaults.items() if n not in RESOURCES}),
-        "summary": summary,
-    }
-
-
-def _article(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-
-
-def _origin(function: Callable[..., Weights]) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
-
-
-def _suggestion(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _options_of(method: Record) -> str:
-    if not method.options:
-        return "It takes no options."
-    told = ", ".join(
-        name if default is REQUIRED else f"{name}={default!r}"
-        for name, default in method.options.items()
-    )
-    return f"Its options: {told}."
+    return _CORRECTIONS.get(name)

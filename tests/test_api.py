@@ -149,10 +149,10 @@ def merger(learned, tmp_path):
 @pytest.fixture
 def register():
     """Register merge methods for one test."""
-    before = dict(registry._METHODS)
+    before = dict(registry._METHODS.records)
     yield merge_method
-    registry._METHODS.clear()
-    registry._METHODS.update(before)
+    registry._METHODS.records.clear()
+    registry._METHODS.records.update(before)
 
 
 @contextmanager

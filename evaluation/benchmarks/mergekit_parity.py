@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from evaluation.benchmarks import mergekit_side
 from evaluation.benchmarks.mergekit_environment import find_python
-from metamerge.registry import bind, get_method
+from metamerge.declaration import bind
+from metamerge.registry import get_method
 from metamerge.weights import Weights, unstack
 from zoo import architectures
 from zoo.options import parse

@@ -1,8 +1,8 @@
 """Rows of what a merge has to be held against: members, ensembles, and plain training."""
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,13 @@ from evaluation.methods.rows import Call, Make, row_of, scored
 from evaluation.methods.settings import Draw, Setting
 from evaluation.metrics import accuracy, family_logits
 from metamerge.alignment import weight_matching
-from metamerge.checkpoints import Checkpoint
 from metamerge.corrections.refit import refit
-from metamerge.ensembles import ensemble, list_ensembles
-from metamerge.ensembles.making import KINDS
+from metamerge.ensembles import get_ensemble, list_ensembles
 from metamerge.structure import OUTPUTS
 from metamerge.weights import Weights
 
-NUMBERS = ("mean", "weighted_mean", "stacked_mean")  # ensembles of networks that predict numbers
-AT_ONCE = 1000  # test images that an ensemble is asked about at a time
+GARBAGE = "one garbage member more"
+PRIOR = "best member, prior fitted"
 
 
 def control_calls(setting: Setting) -> Iterator[Call]:
@@ -38,15 +36,22 @@ def control_calls(setting: Setting) -> Iterator[Call]:
         once = draws[:1] if setting.one_family else draws
         about = {"start": start, "method": "members, mean", "data": "none", "control": True}
         yield Call(about, partial(_member_row, setting, once))
-        for kind in (kind for kind in list_ensembles() if kind not in NUMBERS):
-            fitted = "labels" in inspect.signature(KINDS[kind]).parameters
-            about = {"start": start, "method": f"{kind.replace('_', '-')} ensemble"}
-            about |= {"data": "labelled" if fitted else "none", "control": True}
-            yield Call(about, partial(_ensemble_row, setting, draws if fitted else once, kind))
+        for kind in map(get_ensemble, list_ensembles()):
+            if kind.numbers:
+                continue
+            about = {"start": start, "method": f"{kind.name.replace('_', '-')} ensemble"}
+            about |= {"data": "labelled" if kind.fitted else "none", "control": True}
+            some = draws if kind.fitted else once
+            yield Call(about, partial(_ensemble_row, setting, some, kind.name))
+        about = {"start": start, "method": f"soft-vote ensemble, {GARBAGE}"}
+        about |= {"data": "none", "control": True}
+        yield Call(about, partial(_ensemble_row, setting, [*map(_spoiled, draws)], "soft_vote"))
         for name, data, control, make in _controls(setting):
             if start == "common" and name in _FRESH:
                 continue  # they do not start from members, so they are those of the other start
             if data == "segments" and draws[0].segments is None:
+                continue
+            if name == PRIOR and draws[0].shares is None:
                 continue
             about = {"start": start, "method": name, "data": data, "control": control}
             yield Call(about, partial(scored, setting, draws, make))
@@ -65,6 +70,14 @@ def _controls(setting: Setting) -> Iterator[tuple[str, str, bool, Make]]:
     def corrected(draw: Draw) -> Weights:
         return controls.bias_corrected(draw.families, layout, draw.budget)[0]
 
+    def fitted(draw: Draw) -> Weights:
+        flat = {key: t.flatten(0, 1) for key, t in draw.families.items()}
+        shares = draw.shares.flatten(0, 1)
+        found, _ = controls.prior_corrected(flat, layout, draw.budget, shares)
+        sizes = draw.shares.shape[:2]
+        members = {key: t.unflatten(0, sizes) for key, t in found.items()}
+        return controls.best_members(members, layout, draw.budget)
+
     def average(draw: Draw) -> Weights:
         return controls.aligned_average(draw.families, layout)
 
@@ -80,6 +93,8 @@ def _controls(setting: Setting) -> Iterator[tuple[str, str, bool, Make]]:
     yield "best member", "labelled", True, best
     if all(layer.bias for layer in layout.producers(OUTPUTS)):
         yield "best member, bias fitted", "labelled", True, corrected
+        yield PRIOR, "labelled", True, fitted
+    yield f"aligned average, {GARBAGE}", "none", True, lambda draw: average(_spoiled(draw))
     yield "distilled from best member", "unlabelled", True, partial(distilled, best)
     yield "distilled from aligned average", "unlabelled", True, partial(distilled, average)
     yield "best member, fine-tuned", "labelled", True, partial(tuned, best)
@@ -88,6 +103,13 @@ def _controls(setting: Setting) -> Iterator[tuple[str, str, bool, Make]]:
     yield "refit, fine-tuned", "labelled", False, partial(tuned, refitted)
     yield "trained from scratch", "labelled", True, scratch
     yield "trained on all segments (ceiling)", "segments", True, partial(_ceiling, setting)
+
+
+def _spoiled(draw: Draw) -> Draw:
+    """Families with one more member, which knows nothing."""
+    garbage = controls.garbage_members(draw.families, seed=draw.seed)
+    joined = {key: torch.cat([t, garbage[key][:, :1]], 1) for key, t in draw.families.items()}
+    return replace(draw, families=joined)
 
 
 def _refitted(setting: Setting, draw: Draw) -> Weights:
@@ -124,15 +146,11 @@ def _member_row(setting: Setting, draws: Sequence[Draw]) -> dict[str, Any]:
 
 def _ensemble_row(setting: Setting, draws: Sequence[Draw], kind: str) -> dict[str, Any]:
     """An ensemble of every family; it keeps all members."""
-    (inputs, targets), clock, found = setting.test, time.perf_counter(), []
-    program = setting.layout.program.to_json()
-    for draw in draws:
-        for index, members in enumerate(draw.members):
-            sources = [Checkpoint(f"member {m}", own, program) for m, own in enumerate(members)]
-            batches = draw.budget.everything
-            made = ensemble(sources, kind=kind, batches=batches, seed=draw.seed + index)
-            with torch.no_grad():
-                told = torch.cat([made(some) for some in inputs.split(AT_ONCE)])
-            found.append(accuracy(told, targets))
-    seconds = (time.perf_counter() - clock) / len(found)
-    return row_of(setting, torch.stack(found), seconds, setting.members)
+    (inputs, targets), clock, layout = setting.test, time.perf_counter(), setting.layout
+    said = [
+        controls.ensembles(d.families, layout, d.budget, inputs, kind=kind, seed=d.seed)
+        for d in draws
+    ]
+    scores = accuracy(torch.cat(said), targets)
+    seconds = (time.perf_counter() - clock) / len(scores)
+    return row_of(setting, scores, seconds, len(draws[0].members[0]))

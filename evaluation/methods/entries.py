@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from metamerge.corrections.batch_norm import normalisations
+from metamerge.declaration import REQUIRED, Record
 from metamerge.registry import (
-    REQUIRED,
-    Record,
     get_alignment,
     get_correction,
     get_method,

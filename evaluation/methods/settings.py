@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -74,6 +75,8 @@ class Draw:
         budget: The images that merges and controls may use.
         segments: Rows of the task that each family has learned from; None where nobody knows.
         seed: Seed of everything random.
+        shares: Share of every class in what each member learned of its own, ``[f, m, c]``, one
+            image of each class added, so that none is 0; None where nobody knows.
     """
 
     families: Weights
@@ -81,6 +84,7 @@ class Draw:
     budget: Budget
     segments: list[Tensor] | None
     seed: int
+    shares: Tensor | None = None
 
     @property
     def members(self) -> list[list[Weights]]:
@@ -164,7 +168,7 @@ def zoo_setting(
         task=own.task,
         layout=zoos["own"].layout,
         network=network,
-        starts={start: [_draw(zoo, budget, own.seed)] for start, zoo in zoos.items()},
+        starts={start: [_draw(zoo, budget, split.task, own.seed)] for start, zoo in zoos.items()},
         test=test,
         images=(split.task.inputs, split.task.targets),
         recipe={"epochs": own.epochs[0], "batch_size": own.batch_size, "lr": own.lr[0]},
@@ -172,13 +176,20 @@ def zoo_setting(
     )
 
 
-def _draw(zoo: Zoo, budget: Budget, seed: int) -> Draw:
+def _draw(zoo: Zoo, budget: Budget, task: Task, seed: int) -> Draw:
     size = zoo.sizes[0]
     families, rows = zoo.families("train", size), zoo.rows("train", size)
     on_the_way = zoo.snapshots("train", size)  # [f, m, s, ...], the first from before they parted
     bases = {key: t[:, 0, 0] for key, t in on_the_way.items()} or None
     segments = [own[own >= 0].unique().long() for own in rows]
-    return Draw(families, bases, budget, segments, seed)
+    return Draw(families, bases, budget, segments, seed, _shares(rows, task))
+
+
+def _shares(rows: Tensor, task: Task) -> Tensor:
+    """Share of every class among the rows of each member, ``[f, m, rows]`` -> ``[f, m, c]``."""
+    targets = task.targets[rows.clamp_min(0)]
+    counts = (F.one_hot(targets, task.classes) * (rows >= 0)[..., None]).sum(2) + 1.0
+    return counts / counts.sum(-1, keepdim=True)
 
 
 def drawn_budget(images: Images, rows: Tensor, seed: int) -> Budget:

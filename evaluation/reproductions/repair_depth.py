@@ -8,24 +8,15 @@ is not known here, and how well two networks merge depends on it: look at member
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track as progress
 from torch import Tensor, nn
 
 from evaluation.compare import terminal
-from evaluation.methods.ledger import Ledger
-from evaluation.methods.settings import official_rows
-from evaluation.reproductions.pairs import (
-    Recipe,
-    merged_scores,
-    scored_row,
-    train_pairs,
-    write_report,
-)
+from evaluation.reproductions.pairs import pair_scores, train_pairs
+from evaluation.reproductions.sizes import Experiment, run_sizes
 from metamerge.structure import Layout, discover_program
 from metamerge.weights import Weights
 from zoo.architectures import mlp, program_of
@@ -123,17 +114,10 @@ def depth_scores(options: DepthOptions, task: Task, depth: int) -> dict[str, Ten
     """
     shape = tuple(task.inputs.shape[1:])
     factory: Callable[[], nn.Sequential] = partial(normalised_mlp, shape, depth)
-    recipe = Recipe(options.epochs, options.batch_size, options.lr, options.weight_decay)
-    seeds = range(options.seed, options.seed + options.pairs)
-    pairs = train_pairs(
-        factory, program_of(factory(), shape), task, seeds, recipe, images=options.images
-    )
+    pairs = train_pairs(factory, program_of(factory(), shape), task, options)
     plain = program_of(mlp(shape, OUTPUTS, widths=(WIDTH,) * (depth + 1)), shape)
     layout = Layout(plain, discover_program(plain))
-    rows, test = official_rows(task)
-    calibration = task.inputs[rows[: options.calibration]]
-    images = task.inputs[test], task.targets[test]
-    return merged_scores(fused(pairs, factory()), layout, calibration, images)
+    return pair_scores(fused(pairs, factory()), layout, task, options)
 
 
 def repair_depth(options: DepthOptions, console: Console) -> dict[int, dict]:
@@ -146,26 +130,15 @@ def repair_depth(options: DepthOptions, console: Console) -> dict[int, dict]:
     Returns:
         Depth -> its row.
     """
-    task, out = load_task("mnist", options.data), Path(options.out)
-    kept = {k: v for k, v in asdict(options).items() if k not in ("out", "data", "depths")}
-    ledger = Ledger(out / "rows.jsonl", {**kept, "task": task.digest})
-    for depth in progress(options.depths, "depths", console=console, transient=True):
-        if str(depth) not in ledger:
-            ledger.add(str(depth), scored_row(partial(depth_scores, options, task, depth)))
-    rows = {depth: ledger.rows[str(depth)] for depth in options.depths}
-    title = f"MNIST, MLPs of width {WIDTH}, two members, {options.epochs:g} epochs"
-    told = {depth: PUBLISHED[depth] for depth in options.depths if depth in PUBLISHED}
-    write_report(
-        out,
-        "repair_depth",
-        title,
-        rows,
-        told,
-        asdict(options),
-        axis=("depth", "hidden-to-hidden layers"),
-        console=console,
+    experiment = Experiment(
+        name="repair_depth",
+        title=f"MNIST, MLPs of width {WIDTH}, two members, {options.epochs:g} epochs",
+        size="depth",
+        axis="hidden-to-hidden layers",
+        published={depth: PUBLISHED[depth] for depth in options.depths if depth in PUBLISHED},
     )
-    return rows
+    task = load_task("mnist", options.data)
+    return run_sizes(experiment, options, task, depth_scores, console)
 
 
 def main() -> None:

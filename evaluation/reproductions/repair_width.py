@@ -7,24 +7,15 @@ default here is shorter, and how well two networks merge depends on it: look at 
 They match units by their activations.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track as progress
 from torch import Tensor
 
 from evaluation.compare import terminal
-from evaluation.methods.ledger import Ledger
-from evaluation.methods.settings import official_rows
-from evaluation.reproductions.pairs import (
-    Recipe,
-    merged_scores,
-    scored_row,
-    train_pairs,
-    write_report,
-)
+from evaluation.reproductions.pairs import pair_scores, train_pairs
+from evaluation.reproductions.sizes import Experiment, run_sizes
 from metamerge.structure import Layout, discover_program
 from zoo.architectures import mlp, program_of
 from zoo.options import command
@@ -69,14 +60,9 @@ def width_scores(options: WidthOptions, task: Task, width: int) -> dict[str, Ten
     """
     shape = tuple(task.inputs.shape[1:])
     factory = partial(mlp, shape, OUTPUTS, widths=(width,) * (options.depth + 1))
-    recipe = Recipe(options.epochs, options.batch_size, options.lr, options.weight_decay)
-    seeds = range(options.seed, options.seed + options.pairs)
     program = program_of(factory(), shape)
-    pairs = train_pairs(factory, program, task, seeds, recipe, images=options.images)
-    rows, test = official_rows(task)
-    calibration = task.inputs[rows[: options.calibration]]
-    layout = Layout(program, discover_program(program))
-    return merged_scores(pairs, layout, calibration, (task.inputs[test], task.targets[test]))
+    pairs = train_pairs(factory, program, task, options)
+    return pair_scores(pairs, Layout(program, discover_program(program)), task, options)
 
 
 def repair_width(options: WidthOptions, console: Console) -> dict[int, dict]:
@@ -89,28 +75,16 @@ def repair_width(options: WidthOptions, console: Console) -> dict[int, dict]:
     Returns:
         Width -> its row.
     """
-    task, out = load_task("fashion-mnist", options.data), Path(options.out)
-    kept = {k: v for k, v in asdict(options).items() if k not in ("out", "data", "widths")}
-    ledger = Ledger(out / "rows.jsonl", {**kept, "task": task.digest})
-    for width in progress(options.widths, "widths", console=console, transient=True):
-        if str(width) not in ledger:
-            ledger.add(str(width), scored_row(partial(width_scores, options, task, width)))
-    rows = {width: ledger.rows[str(width)] for width in options.widths}
-    title = (
-        f"Fashion-MNIST, MLPs with {options.depth} hidden-to-hidden layers, two members, "
-        f"{options.epochs:g} epochs"
+    experiment = Experiment(
+        name="repair_width",
+        title=f"Fashion-MNIST, MLPs with {options.depth} hidden-to-hidden layers, two members, "
+        f"{options.epochs:g} epochs",
+        size="width",
+        axis="units per hidden layer",
+        published=PUBLISHED,
     )
-    write_report(
-        out,
-        "repair_width",
-        title,
-        rows,
-        PUBLISHED,
-        asdict(options),
-        axis=("width", "units per hidden layer"),
-        console=console,
-    )
-    return rows
+    task = load_task("fashion-mnist", options.data)
+    return run_sizes(experiment, options, task, width_scores, console)
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ def readings(layout: Layout, spec: PermutationSpec, name: str) -> list[Reading]:
             or a group that none of these reads or makes.
     """
     try:
+        layout.check_plain()
         layers = layout.layers
     except StructureError as error:
         raise StructureError(f"{name}: {error} Use align='weight_matching'.") from error

@@ -25,7 +25,7 @@ from metamerge.alignment._activations import (
 )
 from metamerge.alignment.assignment import assign
 from metamerge.calibration import Batches
-from metamerge.errors import ConfigError
+from metamerge.options import check_choice, check_count
 from metamerge.registry import alignment
 from metamerge.structure import Layout, Permutation, PermutationSpec
 from metamerge.weights import Weights
@@ -70,7 +70,8 @@ def activation_matching(
         ConfigError: If an option is out of its range, or the inputs do not fit the network.
         StructureError: If layers of the network cannot be followed, or units are nested in blocks.
     """
-    _check(measure, sweeps)
+    check_choice("activation_matching", "measure", measure, _MEASURES)
+    check_count("activation_matching", "sweeps", sweeps)
     places = readings(layout, spec, "activation_matching")
     inputs = calibration(batches, layout, "activation_matching")
     members = next(iter(weights.values())).shape[1]
@@ -93,17 +94,6 @@ def _mean(objective: list[list[float]]) -> list[float]:
     longest = max(map(len, objective))
     filled = [steps + steps[-1:] * (longest - len(steps)) for steps in objective]
     return [sum(step) / len(step) for step in zip(*filled, strict=True)]
-
-
-def _check(measure: str, sweeps: int) -> None:
-    if measure not in _MEASURES:
-        raise ConfigError(
-            f"activation_matching: measure must be one of {_MEASURES}, got {measure!r}."
-        )
-    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
-        raise ConfigError(
-            f"activation_matching: sweeps must be a whole number from 0, got {sweeps!r}."
-        )
 
 
 def _moments(

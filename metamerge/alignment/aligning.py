@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from metamerge.alignment.weight_matching import matching_cost
-from metamerge.errors import ConfigError
-from metamerge.registry import Alignment, bind, get_alignment
+from metamerge.declaration import bind
+from metamerge.errors import ConfigError, IncompatibleWeights
+from metamerge.registry import Alignment, get_alignment
 from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, widened
 
@@ -59,19 +60,23 @@ def align_members(
 
     Raises:
         ConfigError: If an alignment or an option is unknown, or a resource is missing.
+        IncompatibleWeights: If members of several widths come to an alignment that only permutes.
     """
     records, given = chosen_alignments(align), dict(options or {})
     check_align_options(records, given)
     members, told = list(weights), []
+    family = _family(members) if records else None
+    cost = _cost(family, layout)
     for record in records:
         clock, report = time.perf_counter(), {"name": record.name}
         own = {name: value for name, value in given.items() if name in record.options}
         at_hand = {**(resources or {}), "layout": layout, "report": report}
         arguments = bind(record, at_hand, own)
-        before = _cost(members, layout)
-        members = _applied(record, members, layout, arguments)
-        costs = {"matching_cost_before": before, "matching_cost": _cost(members, layout)}
-        report.update({name: cost for name, cost in costs.items() if cost is not None})
+        before = cost
+        members, family = _applied(record, members, family, layout, arguments)
+        cost = _cost(family, layout)
+        costs = {"matching_cost_before": before, "matching_cost": cost}
+        report.update({name: number for name, number in costs.items() if number is not None})
         report["seconds"] = round(time.perf_counter() - clock, 4)
         told.append(report)
     return members, told
@@ -97,25 +102,38 @@ def check_align_options(records: Sequence[Alignment], options: Mapping[str, Any]
 
 
 def _applied(
-    record: Alignment, members: list[Weights], layout: Layout, arguments: dict[str, Any]
-) -> list[Weights]:
+    record: Alignment,
+    members: list[Weights],
+    family: Weights | None,
+    layout: Layout,
+    arguments: dict[str, Any],
+) -> tuple[list[Weights], Weights | None]:
+    """Members after an alignment, in their own dtypes and stacked."""
     if not record.permutes:
-        return record.function(members, layout.spec, **arguments)
+        members = record.function(members, layout.spec, **arguments)
+        return members, _family(members)
+    if family is None:
+        raise IncompatibleWeights(
+            f"align: {record.name!r} takes members of one width, got several. Put "
+            f"'optimal_transport' before it."
+        )
     with torch.no_grad():
-        perm = record.function(_family(members), layout.spec, **arguments)
-    return [
+        perm = record.function(family, layout.spec, **arguments)
+    members = [
         layout.spec.permute(own, {group: index[0, m] for group, index in perm.items()})
         for m, own in enumerate(members)
     ]
+    return members, layout.spec.permute(family, perm)  # which costs less than stacking anew
 
 
-def _family(members: Sequence[Weights]) -> Weights:
-    """Members stacked as one family, ``[1, m, ...]``."""
+@torch.no_grad()
+def _family(members: Sequence[Weights]) -> Weights | None:
+    """Members stacked as one family, ``[1, m, ...]``; None where their widths differ."""
+    if any(member[key].shape != members[0][key].shape for member in members for key in member):
+        return None
     return {key: tensor[None] for key, tensor in stack(widened(members)).items()}
 
 
-def _cost(members: Sequence[Weights], layout: Layout) -> float | None:
-    """How far the members are from their mean; None where their widths differ."""
-    if any(member[key].shape != members[0][key].shape for member in members for key in member):
-        return None
-    return float(matching_cost(_family(members), layout.spec, layout.spec.identity()))
+def _cost(family: Weights | None, layout: Layout) -> float | None:
+    """How far the members are from their mean; None where they cannot be compared."""
+    return None if family is None else float(matching_cost(family, layout.spec, {}))

@@ -12,7 +12,9 @@ from metamerge.weights import Weights
 _ROUNDING = 1e-12  # relative: what inner products of equally good permutations may differ by
 
 
-def to_each_other(members: list[Member], plan: Plan, sweeps: int) -> list[Tensor]:
+def to_each_other(
+    members: list[Member], plan: Plan, sweeps: int, *, singly: bool = False
+) -> list[Tensor]:
     """Match the members of every family to each other, until none comes any closer.
 
     One after the other is matched to the sum of the rest. Leaving it out of the sum matters:
@@ -23,30 +25,35 @@ def to_each_other(members: list[Member], plan: Plan, sweeps: int) -> list[Tensor
         members: The members of all families, moved in place.
         plan: The order of the work.
         sweeps: Upper bound on passes over all members.
+        singly: Whether a move of one group is taken or refused by itself, and not with those of
+            the member's other groups: a group on two axes of a tensor cannot hold up the others.
 
     Returns:
         Matching cost ``[f]`` after each pass.
     """
+    steps = [(group,) for group in plan.groups] if singly else [plan.groups]
     total = {key: sum(m.tensors[key].double() for m in members) for key in members[0].tensors}
     costs: list[Tensor] = []
     while len(costs) < sweeps:
         moved = torch.zeros_like(members[0].norm, dtype=torch.bool)
         for k in range(len(members)):
-            moved |= _one_closer(members, k, total, plan)
+            for step in steps:
+                moved |= _one_closer(members, k, total, plan, step)
         costs.append(cost_of(members, total))
         if not moved.any():
             break
         if 2 * int(moved.sum()) <= len(moved):  # the other families are at rest
-            return costs + _of_some(members, moved, plan, sweeps - len(costs), costs[-1])
+            left = sweeps - len(costs)
+            return costs + _of_some(members, moved, plan, left, costs[-1], singly)
     return costs
 
 
 def _of_some(
-    members: list[Member], some: Tensor, plan: Plan, sweeps: int, cost: Tensor
+    members: list[Member], some: Tensor, plan: Plan, sweeps: int, cost: Tensor, singly: bool
 ) -> list[Tensor]:
     """``to_each_other`` for some of the families."""
     taken = [member.of(some) for member in members]
-    costs = to_each_other(taken, plan, sweeps)
+    costs = to_each_other(taken, plan, sweeps, singly=singly)
     for member, own in zip(members, taken, strict=True):
         for group, index in own.index.items():
             member.index[group] = member.index[group].clone()
@@ -54,18 +61,20 @@ def _of_some(
     return [cost.masked_scatter(some, own) for own in costs]
 
 
-def _one_closer(members: list[Member], k: int, total: Weights, plan: Plan) -> Tensor:
-    """Match one member to the sum of the others where that brings it closer, ``[f]``."""
+def _one_closer(
+    members: list[Member], k: int, total: Weights, plan: Plan, some: Sequence[str]
+) -> Tensor:
+    """Match groups of one member to the sum of the others where that brings it closer, ``[f]``."""
     member, here = members[k], members[k].tensors
     trial, rest = member.copy(), _Rest(total, here)
-    groups = sweep(trial, rest, plan)
+    groups = sweep(trial, rest, plan, some)
     keys = dict.fromkeys(key for group in groups for key in plan.keys[group])
     change = {key: trial.tensors[key].double() - here[key] for key in keys}
     # no gain is possible where a group has two axes of a tensor, or two ways are as good
     gain = sum((inner(added, rest[key]) for key, added in change.items()), torch.zeros(1))
     better = gain > _ROUNDING * member.norm
     if not better.any():
-        member.settled = {*plan.groups}
+        member.settled |= {*some}
         members[k] = member if groups else trial
         return better
     if not better.all():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metamerge.alignment._signs import matched_signs, own_signs, rescaled
-from metamerge.errors import ConfigError
+from metamerge.options import check_choice
 from metamerge.registry import alignment
 from metamerge.structure import PermutationSpec, Scaling
 from metamerge.weights import Weights, check_compatible, stack
@@ -59,8 +59,7 @@ def canonical(
         ConfigError: If the option is unknown.
         IncompatibleWeights: If members differ in their widths.
     """
-    if signs not in _SIGNS:
-        raise ConfigError(f"canonical: signs must be one of {_SIGNS}, got {signs!r}.")
+    check_choice("canonical", "signs", signs, _SIGNS)
     check_compatible([(f"weights[{k}]", own) for k, own in enumerate(weights)])
     exact = stack([{key: own[key].double() for key in spec.axes} for own in weights])
     exact, sweeps = _balanced(exact, spec)

@@ -16,19 +16,19 @@ included, the best counts. And what comes out is finished by assigning one membe
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from metamerge.alignment.assignment import assign
+from metamerge.alignment.barycentre import to_each_other
+from metamerge.alignment.descent import Member
 from metamerge.alignment.frank_wolfe import frank_wolfe
 from metamerge.alignment.medoid import distances, matching_cost
+from metamerge.alignment.plan import Plan
 from metamerge.alignment.soft_permutation import Matrices, check_not_nested, hardened, matrices_of
 from metamerge.alignment.weight_matching import weight_matching
-from metamerge.errors import ConfigError
+from metamerge.options import check_count
 from metamerge.registry import alignment
 from metamerge.structure import Permutation, PermutationSpec
 from metamerge.weights import Weights
 
-_ROUNDING = 1e-12  # relative: what equally good permutations may differ by
 _SWEEPS = 30  # upper bound on passes over all members at the end
 
 
@@ -59,7 +59,8 @@ def cycle_consistent(
     Raises:
         ConfigError: If an option is out of its range, or groups are nested in each other.
     """
-    _check(restarts, steps)
+    check_count("cycle_consistent", "restarts", restarts)
+    check_count("cycle_consistent", "steps", steps, 1)
     check_not_nested("cycle_consistent", spec)
     if not spec.groups:
         return {}
@@ -79,15 +80,6 @@ def cycle_consistent(
         report["objective"] = [*run, float(torch.stack(list(costs.values())).amin(0).mean())]
     chosen = {g: torch.stack([p[g] for p in found.values()])[best, rows[:, 0]] for g in known}
     return {group: index[rows, order.argsort(-1)] for group, index in chosen.items()}
-
-
-def _check(restarts: int, steps: int) -> None:
-    for name, number, least in (("restarts", restarts, 0), ("steps", steps, 1)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise ConfigError(
-                f"cycle_consistent: {name} must be a whole number of at least {least}, "
-                f"got {number!r}."
-            )
 
 
 def _starts(
@@ -120,53 +112,10 @@ def _finished(weights: Weights, spec: PermutationSpec, perm: Permutation) -> Per
     Returns:
         Group -> ``[f, m, n]``, of no higher cost in any family.
     """
-    perm = {group: index.clone() for group, index in perm.items()}
     aligned = spec.permute(weights, perm)
-    total = {key: tensor.sum(1, keepdim=True) for key, tensor in aligned.items()}
-    members = next(iter(weights.values())).shape[1]
-    for _ in range(_SWEEPS):
-        moves = [
-            _one_closer(aligned, total, spec, perm, k, group)
-            for k in range(members)
-            for group in spec.groups
-        ]
-        if not any(moves):
-            break
-    return perm
-
-
-def _one_closer(
-    aligned: Weights, total: Weights, spec: PermutationSpec, perm: Permutation, k: int, group: str
-) -> bool:
-    """Assign a group of one member where that brings it closer; changes all but the spec in place.
-
-    Returns:
-        Whether anything moved.
-    """
-    uses = spec.touching(group)
-    if not uses:
-        return False
-    own = {key: aligned[key][:, [k]] for key, _ in uses}
-    rest = {key: total[key] - tensor for key, tensor in own.items()}
-    gain = torch.zeros(())
-    for key, axis in uses:
-        wanted, units = (spec.unit_rows(key, axis, group, t[key])[:, 0] for t in (rest, own))
-        gain = gain + wanted @ units.mT  # [f, n, n]
-    step = assign(gain)  # [f, n]
-    moved = spec.permute(own, {group: step[:, None]})
-    change = {key: moved[key] - tensor for key, tensor in own.items()}
-    # a group on two axes of a tensor may lose what it promised
-    better = _inner(change, rest) > _ROUNDING * _inner(own, own)  # [f]
-    index = perm[group][:, k]
-    here = better.cpu()[:, None]
-    perm[group][:, k] = torch.where(here, index.gather(-1, step), index)
-    for key, added in change.items():
-        added = added * better.reshape(-1, *[1] * (added.ndim - 1))
-        aligned[key][:, [k]] += added
-        total[key] += added
-    return bool(better.any())
-
-
-def _inner(one: Weights, other: Weights) -> Tensor:
-    """Inner product per family, ``[f, 1, ...]`` twice -> ``[f]``."""
-    return sum((tensor * other[key]).flatten(1).sum(1) for key, tensor in one.items())
+    members = [
+        Member({key: t[:, k] for key, t in aligned.items()}, {g: i[:, k] for g, i in perm.items()})
+        for k in range(next(iter(weights.values())).shape[1])
+    ]
+    to_each_other(members, Plan(spec, tuple(spec.groups)), _SWEEPS, singly=True)
+    return {group: torch.stack([m.index[group] for m in members], 1) for group in perm}

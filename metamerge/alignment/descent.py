@@ -102,19 +102,22 @@ def first_pass(member: Member, target: Weights, plan: Plan) -> None:
             member.settled.add(group)
 
 
-def sweep(member: Member, target: Weights, plan: Plan) -> list[str]:
+def sweep(
+    member: Member, target: Weights, plan: Plan, some: Sequence[str] | None = None
+) -> list[str]:
     """Assign every group once that something has moved about.
 
     Args:
         member: The member, changed in place.
         target: State-dict key -> ``[f, ...]``.
         plan: The order of the work.
+        some: The groups that are looked at; None for all.
 
     Returns:
         The groups that moved.
     """
     groups = []
-    for group in plan.groups:
+    for group in plan.groups if some is None else some:
         if group in member.settled:
             continue
         if len(cluster(plan.spec, group)) > 1:

@@ -61,7 +61,7 @@ def matching_cost(weights: Weights, spec: PermutationSpec, perm: Permutation) ->
     Args:
         weights: Stacked members, every tensor ``[f, m, ...]``.
         spec: Permutation spec of their architecture.
-        perm: Group -> ``[f, m, n]``.
+        perm: Group -> ``[f, m, n]``; a group without an entry stays in place.
 
     Returns:
         One number per family, ``[f]``; 0 for members that are permutations of each other.

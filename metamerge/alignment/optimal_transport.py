@@ -10,8 +10,6 @@ that are split in two or joined with their like thereby leave the network the sa
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import isfinite
-from numbers import Real
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from metamerge.alignment._transport import group_of, plan, transported, units_fi
 from metamerge.alignment.medoid import medoid
 from metamerge.calibration import Batches
 from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
+from metamerge.options import check_choice, check_count, check_number
 from metamerge.registry import alignment
 from metamerge.structure import Layout, PermutationSpec
 from metamerge.weights import Weights, stack, widened
@@ -239,18 +238,10 @@ def _check_reference(
 
 
 def _check(cost: Any, hard: Any, regularisation: Any, reference: Any, members: int) -> None:
-    if cost not in _COSTS:
-        raise ConfigError(f"optimal_transport: cost must be one of {_COSTS}, got {cost!r}.")
-    if not isinstance(hard, bool):
-        raise ConfigError(f"optimal_transport: hard must be True or False, got {hard!r}.")
-    number = isinstance(regularisation, Real) and not isinstance(regularisation, bool)
-    if not number or not isfinite(regularisation) or regularisation <= 0:
-        raise ConfigError(
-            f"optimal_transport: regularisation must be a number above 0, got {regularisation!r}."
-        )
-    whole = isinstance(reference, int) and not isinstance(reference, bool)
-    if reference is not None and not (whole and 0 <= reference < members):
-        raise ConfigError(
-            f"optimal_transport: reference must be None or the index of a member, 0 to "
-            f"{members - 1}, got {reference!r}."
-        )
+    check_choice("optimal_transport", "cost", cost, _COSTS)
+    check_choice("optimal_transport", "hard", hard, (False, True))
+    check_number("optimal_transport", "regularisation", regularisation, "(0, inf)")
+    last, medoid = "that of the last member", "for the medoid"
+    check_count(
+        "optimal_transport", "reference", reference, 0, members - 1, limit=last, none=medoid
+    )

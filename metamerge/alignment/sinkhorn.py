@@ -12,7 +12,7 @@ permutations; those of the lowest loss are returned, so the result is never wors
 """
 
 from collections.abc import Callable
-from math import inf, log
+from math import log
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from metamerge.alignment.soft_permutation import (
 from metamerge.alignment.weight_matching import weight_matching
 from metamerge.calibration import Batches
 from metamerge.errors import ConfigError
+from metamerge.options import check_choice, check_count, check_number
 from metamerge.registry import alignment
 from metamerge.structure import Layout, Permutation, PermutationSpec
 from metamerge.weights import Weights
@@ -122,17 +123,11 @@ def sinkhorn(
 
 
 def _check(loss: str, start: str, steps: int, rate: float, confidence: float) -> None:
-    for name, value, choices in (("loss", loss, _LOSSES), ("start", start, _STARTS)):
-        if value not in choices:
-            raise ConfigError(f"sinkhorn: {name} must be one of {choices}, got {value!r}.")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ConfigError(f"sinkhorn: steps must be a whole number of at least 1, got {steps!r}.")
-    for name, value, most in (("rate", rate, inf), ("confidence", confidence, 1)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < most:  # not that of NaN either
-            raise ConfigError(
-                f"sinkhorn: {name} must be a number between 0 and {most}, got {value!r}."
-            )
+    check_choice("sinkhorn", "loss", loss, _LOSSES)
+    check_choice("sinkhorn", "start", start, _STARTS)
+    check_count("sinkhorn", "steps", steps, 1)
+    check_number("sinkhorn", "rate", rate, "(0, inf)")
+    check_number("sinkhorn", "confidence", confidence, "(0, 1)")
 
 
 def _check_data(loss: str, layout: Layout | None, batches: Batches | None) -> None:

@@ -18,7 +18,7 @@ from metamerge.alignment.barycentre import cost_of, to_each_other
 from metamerge.alignment.descent import Member, first_pass, sweep
 from metamerge.alignment.medoid import distances, matching_cost, medoid
 from metamerge.alignment.plan import Plan
-from metamerge.errors import ConfigError
+from metamerge.options import check_choice, check_count
 from metamerge.registry import alignment
 from metamerge.structure import Permutation, PermutationSpec
 from metamerge.weights import Weights
@@ -104,23 +104,11 @@ class _Run(NamedTuple):
 
 
 def _check(members: int, sweeps: int, to: str, reference: int | None, restarts: int) -> None:
-    if to not in _TARGETS:
-        raise ConfigError(f"weight_matching: to must be one of {_TARGETS}, got {to!r}.")
-    for name, number, least in (("sweeps", sweeps, 1), ("restarts", restarts, 0)):
-        if not _whole(number) or number < least:
-            raise ConfigError(
-                f"weight_matching: {name} must be a whole number of at least {least}, "
-                f"got {number!r}."
-            )
-    if reference is not None and not (_whole(reference) and 0 <= reference < members):
-        raise ConfigError(
-            f"weight_matching: reference must be None for the medoid, or the number of a member, 0 "
-            f"to {members - 1}; got {reference!r}."
-        )
-
-
-def _whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
+    check_choice("weight_matching", "to", to, _TARGETS)
+    check_count("weight_matching", "sweeps", sweeps, 1)
+    check_count("weight_matching", "restarts", restarts)
+    last, medoid = "that of the last member", "for the medoid"
+    check_count("weight_matching", "reference", reference, 0, members - 1, limit=last, none=medoid)
 
 
 def _best(runs: Sequence[_Run], report: dict[str, Any] | None) -> Permutation:

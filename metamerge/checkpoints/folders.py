@@ -73,10 +73,10 @@ def _check_manifest(folder: Path) -> None:
     """Check that the folder is not a zoo and that nothing of a checkpoint of ours is missing."""
     manifest = read_manifest(folder)
     if manifest and manifest["format"] == ZOO_FORMAT:
-        stems = [Path(name).stem for name in manifest["files"]][:10]
+        known = sorted(manifest["groups"])[:10]
         raise Unreadable(
-            f"{display(folder)}: is a zoo. Address a family as {display(folder)}#<file>/<family>, "
-            f"with <file> one of {stems}."
+            f"{display(folder)}: is a zoo. Address a family as {display(folder)}#<group>/<family>, "
+            f"with <group> one of {known}."
         )
     if manifest and manifest["format"] == CHECKPOINT_FORMAT:
         missing = [name for name in manifest["files"] if not os.path.lexists(folder / name)]

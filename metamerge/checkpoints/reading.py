@@ -33,7 +33,7 @@ def read_checkpoints(
     Args:
         source: A safetensors file, a file of torch.save (told by content, not by name), a folder
             with a single file or with an index of shards, a zoo address
-            ``<folder>#<file>/<family>[/<member>]``, a module, a state dict, or a checkpoint.
+            ``<folder>#<group>/<family>[/<member>]``, a module, a state dict, or a checkpoint.
         name: What messages call it; by default its path or type. Members of a family keep their
             addresses.
         max_bytes: Largest number of tensor bytes that are read from files.

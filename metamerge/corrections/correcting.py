@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from metamerge.corrections.batch_norm import normalisations, recalibrate
+from metamerge.declaration import Record, bind
 from metamerge.network import Data
-from metamerge.registry import Record, bind
 from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, unstack, widened
 

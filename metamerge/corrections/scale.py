@@ -8,7 +8,6 @@ Shape comments: f families, m members, g factors, l layers, b inputs, c classes.
 """
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from metamerge.calibration import check_fit, divergence, predict, targets
 from metamerge.corrections.batch_norm import recalibrate
 from metamerge.errors import ConfigError
+from metamerge.options import check_choice, check_number
 from metamerge.registry import correction
 from metamerge.structure import Layout
 from metamerge.weights import Weights
@@ -42,7 +42,8 @@ def scale(
 ) -> Weights:
     """Scale weights and biases of linear maps and convolutions by the best factors of a grid.
 
-    Parameters of normalisations are not scaled. Running statistics are measured anew for every
+    Parameters of normalisations, embeddings and whatever else is no layer are not scaled, nor are
+    layers that are used twice or share a weight. Running statistics are measured anew for every
     factor, so a layer that a batch normalisation reads keeps a factor of 1: it changes nothing.
 
     Args:
@@ -68,7 +69,7 @@ def scale(
     factors = _checked(per, grid).to(inputs)  # [g]
     check_fit(layout.program, inputs)
     wanted = _wanted(members, layout, inputs, labels)
-    layers = [layer.weight for layer in layout.layers]
+    layers = [layer.weight for layer in layout.unshared]
     families = len(next(iter(fused.values())))
     scales, curves = inputs.new_ones(families, len(layers)), {}
     turns = {"model": slice(None)} if per == "model" else {k: [i] for i, k in enumerate(layers)}
@@ -97,7 +98,7 @@ def _wanted(members: Weights, layout: Layout, inputs: Tensor, labels: Tensor | N
 def _scaled(fused: Weights, layout: Layout, factors: Tensor) -> Weights:
     """Copies of fused weights with factors ``[f, g, l]`` on their layers, ``[f, g, ...]``."""
     copies = {key: t[:, None].repeat_interleave(factors.shape[1], 1) for key, t in fused.items()}
-    for layer, own in zip(layout.layers, factors.unbind(2), strict=True):
+    for layer, own in zip(layout.unshared, factors.unbind(2), strict=True):
         for key in filter(None, (layer.weight, layer.bias)):
             copies[key] = copies[key] * own.reshape(*own.shape, *[1] * (copies[key].ndim - 2))
     for alias, key in layout.program.tied.items():
@@ -131,10 +132,9 @@ def _plain(values: Tensor) -> Any:
 
 def _checked(per: str, grid: Sequence[float]) -> Tensor:
     """The grid, sorted, with 1 in it."""
-    if per not in _PER:
-        raise ConfigError(f"scale: per must be one of {_PER}, got {per!r}.")
-    listed = list(grid) if isinstance(grid, Sequence) and not isinstance(grid, str) else [None]
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in listed)
-    if not (numbers and all(isfinite(x) and x > 0 for x in listed)):
+    check_choice("scale", "per", per, _PER)
+    if not isinstance(grid, Sequence) or isinstance(grid, str):
         raise ConfigError(f"scale: grid must hold numbers above 0, got {grid!r}.")
-    return torch.tensor(sorted({1.0, *map(float, listed)}))
+    for index, factor in enumerate(grid):
+        check_number("scale", f"grid[{index}]", factor, "(0, inf)")
+    return torch.tensor(sorted({1.0, *map(float, grid)}))

@@ -3,8 +3,9 @@
 from metamerge.ensembles.convolutional_consensus import convolutional_consensus
 from metamerge.ensembles.ensemble import Ensemble, load_ensemble
 from metamerge.ensembles.gated_consensus import gated_consensus
+from metamerge.ensembles.kinds import get_ensemble, list_ensembles
 from metamerge.ensembles.learned_consensus import learned_consensus
-from metamerge.ensembles.making import ensemble, list_ensembles
+from metamerge.ensembles.making import ensemble
 from metamerge.ensembles.regression import stacked_mean, weighted_mean
 from metamerge.ensembles.stacking import stacking
 from metamerge.ensembles.votes import majority_vote, soft_vote
@@ -17,6 +18,7 @@ __all__ = [
     "convolutional_consensus",
     "ensemble",
     "gated_consensus",
+    "get_ensemble",
     "learned_consensus",
     "list_ensembles",
     "load_ensemble",

@@ -15,15 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metamerge.ensembles.fitting import Scores, fit
+from metamerge.ensembles.kinds import consensus
 from metamerge.ensembles.votes import log_soft_vote
 from metamerge.ensembles.watching import Seen, check_labels, check_outputs, spread
-from metamerge.errors import ConfigError
+from metamerge.options import check_count
 
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
 CHANNELS = 7  # of a cell; see ``_cells``
 TURNS = 3  # folds that are held out in turn; five take longer
 
 
+@consensus()
 def convolutional_consensus(
     seen: Seen,
     labels: Tensor,
@@ -49,10 +51,7 @@ def convolutional_consensus(
     """
     check_outputs("convolutional_consensus", seen.outputs)
     check_labels("convolutional_consensus", labels, seen.outputs)
-    if not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1:
-        raise ConfigError(
-            f"convolutional_consensus: hidden must be a whole number from 1 on, got {hidden!r}."
-        )
+    check_count("convolutional_consensus", "hidden", hidden, 1)
     generator = generator or torch.Generator().manual_seed(0)
     logits = seen.outputs.double()
     scale, vote = spread(logits), log_soft_vote(logits)

@@ -18,9 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metamerge.ensembles.votes import log_soft_vote
+from metamerge.ensembles.watching import check_features, features, spread
+
 Scores = Callable[[Tensor], Tensor]
 """Numbers ``[r, ...]`` -> unnormalised logarithms of probabilities ``[r, b, c]``."""
 
+Added = Callable[[Tensor], Tensor]
+"""Numbers ``[r, ...]`` -> what they add to the scores of the soft vote, ``[r, b, c]``."""
+
+STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # for what reads a table of features
 FOLDS = 5
 STEPS = 30  # of L-BFGS per strength; each starts where the one before has arrived
 
@@ -76,6 +83,51 @@ def fit(
         "held_out_loss": {"infinite" if s == inf else str(s): v for s, v in held_out.items()},
     }
     return Fitted(numbers[0], told)
+
+
+def fit_on_vote(
+    where: str,
+    outputs: Tensor,
+    labels: Tensor,
+    added: Callable[[Tensor], Added],
+    *,
+    shape: Sequence[int],
+    of: str,
+    generator: torch.Generator | None = None,
+    report: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fit numbers that read a table of features; what they say is added to the soft vote's scores.
+
+    Args:
+        where: Name of the consensus, for messages.
+        outputs: What members say, ``[m, b, c]``.
+        labels: ``[b]``.
+        added: Given the table, ``[m, b, c]``: what numbers add.
+        shape: Shape of the numbers; with zeros they add nothing.
+        of: What the table holds; see ``features``.
+        generator: Deals inputs to folds; without it a fixed seed.
+        report: Takes the ridge and the losses on held-out inputs.
+
+    Returns:
+        The numbers, and what logits are divided by, ``[m]``; both in float32.
+
+    Raises:
+        ConfigError: If ``of`` is unknown.
+    """
+    check_features(where, of)
+    logits = outputs.double()
+    scale = spread(logits) if of == "logits" else logits.new_ones(len(logits))
+    vote, read = log_soft_vote(logits), added(features(logits, scale, of))
+    found = fit(
+        lambda _: lambda numbers: vote + read(numbers),
+        logits.new_zeros(*shape),
+        labels,
+        strengths=STRENGTHS,
+        generator=generator,
+    )
+    if report is not None:
+        report.update(found.told)
+    return found.numbers.float(), scale.float()
 
 
 def fold_rows(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -10,16 +10,17 @@ the first. What is mixed are probabilities, not votes.
 Shape comments: m members, b inputs, n labelled examples, c classes, d features.
 """
 
-from math import isfinite
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metamerge.ensembles.kinds import consensus
 from metamerge.ensembles.watching import Seen, check_labels, check_outputs
 from metamerge.ensembles.weighted_consensus import pooled
 from metamerge.errors import ConfigError
+from metamerge.options import check_choice, check_count, check_number
 
 NEIGHBOURS = (20, 10, 5, 3, 1)
 _SIMILAR = ("inputs", "activations")
@@ -27,6 +28,7 @@ _ROWS = 2**24  # distances that are held at once
 _SLACK = 1e-6  # relative; distances as near as this to each other are equal
 
 
+@consensus(paper="doi:10.1016/j.patcog.2007.10.015")
 def gated_consensus(
     seen: Seen,
     labels: Tensor,
@@ -178,16 +180,7 @@ def _losses(
 
 
 def _check(neighbours: int | None, sharpness: float, similar: str, examples: int) -> None:
-    whole = isinstance(neighbours, int) and not isinstance(neighbours, bool)
-    if neighbours is not None and not (whole and 1 <= neighbours <= examples):
-        raise ConfigError(
-            f"gated_consensus: neighbours must be a whole number from 1 to the number of examples, "
-            f"{examples}, or None to have it chosen, got {neighbours!r}."
-        )
-    number = isinstance(sharpness, int | float) and not isinstance(sharpness, bool)
-    if not (number and isfinite(sharpness) and sharpness > 0):
-        raise ConfigError(
-            f"gated_consensus: sharpness must be a finite number above 0, got {sharpness!r}."
-        )
-    if similar not in _SIMILAR:
-        raise ConfigError(f"gated_consensus: similar must be one of {_SIMILAR}, got {similar!r}.")
+    limit, chosen = "the number of examples", "to have it chosen"
+    check_count("gated_consensus", "neighbours", neighbours, 1, examples, limit=limit, none=chosen)
+    check_number("gated_consensus", "sharpness", sharpness, "(0, inf)")
+    check_choice("gated_consensus", "similar", similar, _SIMILAR)

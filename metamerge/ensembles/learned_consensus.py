@@ -15,22 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamerge.ensembles.fitting import fit
+from metamerge.ensembles.fitting import Added, fit_on_vote
+from metamerge.ensembles.kinds import consensus
 from metamerge.ensembles.votes import log_soft_vote
-from metamerge.ensembles.watching import (
-    Seen,
-    check_features,
-    check_labels,
-    check_outputs,
-    features,
-    spread,
-)
-from metamerge.errors import ConfigError
+from metamerge.ensembles.watching import Seen, check_labels, check_outputs, features
+from metamerge.options import check_choice
 
-STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _PER = ("class", "member")
 
 
+@consensus()
 def learned_consensus(
     seen: Seen,
     labels: Tensor,
@@ -60,24 +54,19 @@ def learned_consensus(
     """
     check_outputs("learned_consensus", seen.outputs)
     check_labels("learned_consensus", labels, seen.outputs)
-    if per not in _PER:
-        raise ConfigError(f"learned_consensus: per must be one of {_PER}, got {per!r}.")
-    check_features("learned_consensus", of)
-    logits = seen.outputs.double()
-    members, _, classes = logits.shape
-    scale = spread(logits) if of == "logits" else logits.new_ones(members)
-    table, vote = features(logits, scale, of), log_soft_vote(logits)
-    rows, columns = (members + 1, classes) if per == "class" else (members, 1)
-    found = fit(
-        lambda _: lambda numbers: vote + _weighted(table, numbers),
-        logits.new_zeros(rows, columns),
+    check_choice("learned_consensus", "per", per, _PER)
+    members, _, classes = seen.outputs.shape
+    numbers, scale = fit_on_vote(
+        "learned_consensus",
+        seen.outputs,
         labels,
-        strengths=STRENGTHS,
+        _weighted,
+        shape=(members + 1, classes) if per == "class" else (members, 1),
+        of=of,
         generator=generator,
+        report=report,
     )
-    if report is not None:
-        report.update(found.told)
-    return LearnedConsensus(found.numbers.float(), scale.float(), of=of)
+    return LearnedConsensus(numbers, scale, of=of)
 
 
 class LearnedConsensus(nn.Module):
@@ -99,12 +88,15 @@ class LearnedConsensus(nn.Module):
         """Logarithms of probabilities, ``[m, b, c]`` -> ``[b, c]``."""
         check_outputs("learned_consensus", seen.outputs, len(self.scale))
         table = features(seen.outputs, self.scale, self.options["of"])
-        added = _weighted(table, self.numbers[None])[0]
+        added = _weighted(table)(self.numbers[None])[0]
         return (log_soft_vote(seen.outputs) + added).log_softmax(-1)
 
 
-def _weighted(table: Tensor, numbers: Tensor) -> Tensor:
+def _weighted(table: Tensor) -> Added:
     """Sum over members, and shifts if there are any, ``[r, ...]`` -> ``[r, b, c]``."""
-    members = len(table)
-    weights, shift = numbers[:, :members], numbers[:, members:]  # [r, m, c or 1], [r, 1 or 0, c]
-    return (table * weights[:, :, None]).sum(1) + shift.sum(1, keepdim=True)
+
+    def added(numbers: Tensor) -> Tensor:
+        weights, shift = numbers[:, : len(table)], numbers[:, len(table) :]  # [r, m, *], [r, *, c]
+        return (table * weights[:, :, None]).sum(1) + shift.sum(1, keepdim=True)
+
+    return added

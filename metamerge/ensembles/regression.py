@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from metamerge.ensembles.fitting import fold_rows
+from metamerge.ensembles.kinds import consensus
 from metamerge.ensembles.watching import Seen, check_outputs
 from metamerge.errors import ConfigError
+from metamerge.options import check_choice
 
 STRENGTHS = (inf, 10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 _BY = ("inverse", "softmax")
 _SIGNS = ("positive", "any")
 
 
+@consensus(fitted=False, numbers=True)
 def mean() -> "LinearPool":
     """Average the members' outputs.
 
@@ -31,6 +34,7 @@ def mean() -> "LinearPool":
     return LinearPool()
 
 
+@consensus(numbers=True)
 def weighted_mean(
     seen: Seen, targets: Tensor, *, by: str = "inverse", report: dict[str, Any] | None = None
 ) -> "LinearPool":
@@ -49,8 +53,7 @@ def weighted_mean(
     Raises:
         ConfigError: If ``by`` is unknown, or targets do not fit the outputs.
     """
-    if by not in _BY:
-        raise ConfigError(f"weighted_mean: by must be one of {_BY}, got {by!r}.")
+    check_choice("weighted_mean", "by", by, _BY)
     outputs, wanted = _standardised("weighted_mean", seen.outputs, targets)
     errors = (outputs - wanted).square().mean((1, 2)).clamp_min(1e-12)  # [m]
     relative = errors / errors.min()
@@ -61,6 +64,7 @@ def weighted_mean(
     return LinearPool(weights.float())
 
 
+@consensus(paper="doi:10.1007/BF00117832", numbers=True)
 def stacked_mean(
     seen: Seen,
     targets: Tensor,
@@ -85,8 +89,7 @@ def stacked_mean(
     Raises:
         ConfigError: If ``sign`` is unknown, or targets do not fit the outputs.
     """
-    if sign not in _SIGNS:
-        raise ConfigError(f"stacked_mean: sign must be one of {_SIGNS}, got {sign!r}.")
+    check_choice("stacked_mean", "sign", sign, _SIGNS)
     outputs, wanted = _standardised("stacked_mean", seen.outputs, targets)
     folds = fold_rows(torch.zeros(len(targets), dtype=torch.long, device=targets.device), generator)
     errors = {s: _held_out(outputs, wanted, folds, s, sign) for s in STRENGTHS}

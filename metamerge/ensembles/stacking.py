@@ -15,20 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamerge.ensembles.fitting import fit
+from metamerge.ensembles.fitting import Added, fit_on_vote
+from metamerge.ensembles.kinds import consensus
 from metamerge.ensembles.votes import log_soft_vote
-from metamerge.ensembles.watching import (
-    Seen,
-    check_features,
-    check_labels,
-    check_outputs,
-    features,
-    spread,
-)
-
-STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+from metamerge.ensembles.watching import Seen, check_labels, check_outputs, features
 
 
+@consensus(paper="doi:10.1016/S0893-6080(05)80023-1")
 def stacking(
     seen: Seen,
     labels: Tensor,
@@ -55,21 +48,18 @@ def stacking(
     """
     check_outputs("stacking", seen.outputs)
     check_labels("stacking", labels, seen.outputs)
-    check_features("stacking", of)
-    logits = seen.outputs.double()
-    members, _, classes = logits.shape
-    scale = spread(logits) if of == "logits" else logits.new_ones(members)
-    rows, vote = _rows(logits, scale, of), log_soft_vote(logits)
-    found = fit(
-        lambda _: lambda numbers: vote + rows @ numbers,
-        logits.new_zeros(members * classes + 1, classes),
+    members, _, classes = seen.outputs.shape
+    numbers, scale = fit_on_vote(
+        "stacking",
+        seen.outputs,
         labels,
-        strengths=STRENGTHS,
+        _regressed,
+        shape=(members * classes + 1, classes),
+        of=of,
         generator=generator,
+        report=report,
     )
-    if report is not None:
-        report.update(found.told)
-    return Stacking(found.numbers.float(), scale.float(), of=of)
+    return Stacking(numbers, scale, of=of)
 
 
 class Stacking(nn.Module):
@@ -90,11 +80,12 @@ class Stacking(nn.Module):
     def forward(self, seen: Seen) -> Tensor:
         """Logarithms of probabilities, ``[m, b, c]`` -> ``[b, c]``."""
         check_outputs("stacking", seen.outputs, len(self.scale))
-        rows = _rows(seen.outputs, self.scale, self.options["of"])
-        return (log_soft_vote(seen.outputs) + rows @ self.numbers).log_softmax(-1)
+        added = _regressed(features(seen.outputs, self.scale, self.options["of"]))(self.numbers)
+        return (log_soft_vote(seen.outputs) + added).log_softmax(-1)
 
 
-def _rows(logits: Tensor, scale: Tensor, of: str) -> Tensor:
-    """What the regression reads, with a column of ones: ``[m, b, c]`` -> ``[b, m * c + 1]``."""
-    rows = features(logits, scale, of).movedim(0, 1).flatten(1)
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+def _regressed(table: Tensor) -> Added:
+    """The regression on a table ``[m, b, c]``, ``[..., m * c + 1, c]`` -> ``[..., b, c]``."""
+    rows = table.movedim(0, 1).flatten(1)
+    rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)  # [b, m * c + 1]
+    return lambda numbers: rows @ numbers

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metamerge.ensembles.kinds import consensus
 from metamerge.ensembles.watching import Seen, check_outputs
 from metamerge.errors import ConfigError
+from metamerge.options import check_choice
 
 
 def soft_vote(logits: Tensor) -> Tensor:
@@ -70,16 +72,21 @@ def majority_vote(logits: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
     return preference.masked_fill(~leading, -torch.inf).argmax(-1)
 
 
+@consensus(paper="arXiv:1612.01474", name="soft_vote", fitted=False)
 class SoftVote(nn.Module):
     """The soft vote as a consensus of an ``Ensemble``."""
 
     options: dict = {}  # noqa: RUF012  (nothing to choose)
+
+    def __init__(self) -> None:  # nn.Module's own takes any arguments
+        super().__init__()
 
     def forward(self, seen: Seen) -> Tensor:
         """Logarithms of the mean of the members' probabilities, ``[m, b, c]`` -> ``[b, c]``."""
         return log_soft_vote(seen.outputs)
 
 
+@consensus(name="majority_vote", fitted=False)
 class MajorityVote(nn.Module):
     """The majority vote as a consensus of an ``Ensemble``.
 
@@ -91,10 +98,9 @@ class MajorityVote(nn.Module):
         tie_breaker: Whether the last of the networks breaks ties and has no vote itself.
     """
 
-    def __init__(self, tie_breaker: bool = False) -> None:
+    def __init__(self, *, tie_breaker: bool = False) -> None:
         super().__init__()
-        if not isinstance(tie_breaker, bool):
-            raise ConfigError(f"majority_vote: tie_breaker must be a bool, got {tie_breaker!r}.")
+        check_choice("majority_vote", "tie_breaker", tie_breaker, (False, True))
         self.options = {"tie_breaker": tie_breaker}
 
     def forward(self, seen: Seen) -> Tensor:

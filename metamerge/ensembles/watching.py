@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metamerge.errors import ConfigError, NonFinite, StructureError
+from metamerge.options import check_choice
 from metamerge.structure import Execution, Program
 from metamerge.structure.operators import LAYERS
 from metamerge.weights import Weights
@@ -175,8 +176,7 @@ def check_features(where: str, of: str) -> None:
     Raises:
         ConfigError: If it is unknown.
     """
-    if of not in FEATURES:
-        raise ConfigError(f"{where}: of must be one of {FEATURES}, got {of!r}.")
+    check_choice(where, "of", of, FEATURES)
 
 
 def features(logits: Tensor, scale: Tensor, of: str) -> Tensor:

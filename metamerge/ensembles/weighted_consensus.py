@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metamerge.ensembles.kinds import consensus
 from metamerge.ensembles.watching import Seen, check_labels, check_outputs
 from metamerge.errors import ConfigError
+from metamerge.options import check_choice, check_number
 
 TEMPERATURES = (inf, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 _BY = ("softmax", "inverse")
 
 
+@consensus()
 def weighted_consensus(
     seen: Seen,
     labels: Tensor,
@@ -107,15 +110,8 @@ def _weights(
 
 
 def _check(by: str, temperature: float | None) -> None:
-    if by not in _BY:
-        raise ConfigError(f"weighted_consensus: by must be one of {_BY}, got {by!r}.")
-    if temperature is None:
-        return
-    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not (number and temperature > 0):
-        raise ConfigError(
-            f"weighted_consensus: temperature must be a number above 0, or None to have it chosen, "
-            f"got {temperature!r}."
-        )
-    if by == "inverse":
+    check_choice("weighted_consensus", "by", by, _BY)
+    chosen = "to have it chosen"
+    check_number("weighted_consensus", "temperature", temperature, "(0, inf]", none=chosen)
+    if by == "inverse" and temperature is not None:
         raise ConfigError("weighted_consensus: temperature is one of by='softmax'. Leave it out.")

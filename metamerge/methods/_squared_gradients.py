@@ -65,9 +65,10 @@ def squared_gradients(members: Weights, layout: Layout, inputs: Tensor, pick: Pi
 def _made_of_layers(layout: Layout, read: list[str]) -> bool:
     """Whether every parameter is the weight or bias of a linear map or plain convolution."""
     try:
-        layers = layout.layers
+        layout.check_plain()
     except StructureError:
         return False
+    layers = layout.layers
     known = {key for layer in layers for key in (layer.weight, layer.bias)}
     return all(layer.regressable for layer in layers) and known.issuperset(read)
 

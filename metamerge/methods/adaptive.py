@@ -10,7 +10,6 @@ for, because networks trained apart have a better ensemble than average.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from metamerge.calibration import Batches, check_fit, collect, divergence, predict, targets
 from metamerge.corrections.batch_norm import recalibrate
-from metamerge.errors import ConfigError
 from metamerge.methods._combination import combine, restore, running
+from metamerge.options import check_choice, check_count, check_number
 from metamerge.registry import merge_method
 from metamerge.structure import Execution, Layout, PermutationSpec
 from metamerge.structure.operators import CONVOLUTIONS
@@ -229,11 +228,7 @@ def _mixed(members: Weights, slots: dict[str, _Slot], shares: Shares) -> Weights
 
 
 def _check(per: str, objective: str | None, steps: int, lr: float) -> None:
-    for option, value, known in (("per", per, _PER), ("objective", objective, _OBJECTIVES)):
-        if value not in known and not (option == "objective" and value is None):
-            raise ConfigError(f"adaptive: {option} must be one of {known}, got {value!r}.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ConfigError(f"adaptive: steps must be a whole number from 0, got {steps!r}.")
-    number = isinstance(lr, int | float) and not isinstance(lr, bool)
-    if not (number and isfinite(lr) and lr > 0):
-        raise ConfigError(f"adaptive: lr must be a number above 0, got {lr!r}.")
+    check_choice("adaptive", "per", per, _PER)
+    check_choice("adaptive", "objective", objective, (*_OBJECTIVES, None))
+    check_count("adaptive", "steps", steps)
+    check_number("adaptive", "lr", lr, "(0, inf)")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metamerge.methods._checks import check_choice, check_number
 from metamerge.methods._combination import dtypes, running
 from metamerge.methods._selection import largest_magnitude
 from metamerge.methods._task_vectors import add_task_vectors, agreed
+from metamerge.options import check_choice, check_number
 from metamerge.registry import merge_method
 from metamerge.weights import Weights
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from metamerge.calibration import Batches, collect, losses, predict
 from metamerge.errors import ConfigError
-from metamerge.methods._checks import check_choice
 from metamerge.methods._combination import combine
+from metamerge.options import check_choice, check_count
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
 from metamerge.weights import Weights, flatten, reorder, stack, widened
@@ -88,12 +88,9 @@ def cluster(
 
 
 def _check(members: int, clusters: int, keep: str, algorithm: str, by: str) -> None:
-    whole = isinstance(clusters, int) and not isinstance(clusters, bool)
-    if members > 1 and not (whole and 1 <= clusters <= members):
-        raise ConfigError(
-            f"cluster: clusters must be a whole number from 1 to the number of members, {members}, "
-            f"got {clusters!r}."
-        )
+    if members > 1:
+        limit = "the number of members"
+        check_count("cluster", "clusters", clusters, 1, members, limit=limit)
     check_choice("cluster", "keep", keep, _KEEP)
     check_choice("cluster", "algorithm", algorithm, _ALGORITHMS)
     check_choice("cluster", "by", by, _BY)

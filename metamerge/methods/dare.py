@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metamerge.methods._checks import check_choice, check_number
 from metamerge.methods._task_vectors import add_task_vectors, agreed
+from metamerge.options import check_choice, check_number
 from metamerge.registry import merge_method
 from metamerge.weights import Weights
 

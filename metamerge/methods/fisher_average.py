@@ -8,16 +8,15 @@ Shape comments: m members, b inputs, c classes.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metamerge.calibration import Batches, check_fit, check_logits, collect, predict
-from metamerge.errors import ConfigError
 from metamerge.methods._combination import combine, restore
 from metamerge.methods._squared_gradients import squared_gradients
+from metamerge.options import check_choice, check_number
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, widened
@@ -132,10 +131,6 @@ def _averaged(weights: Sequence[Weights], shares: Weights) -> Weights:
 
 
 def _check(fisher: str, normalise: bool, floor: float) -> None:
-    if fisher not in _FISHER:
-        raise ConfigError(f"fisher_average: fisher must be one of {_FISHER}, got {fisher!r}.")
-    if not isinstance(normalise, bool):
-        raise ConfigError(f"fisher_average: normalise must be True or False, got {normalise!r}.")
-    number = isinstance(floor, int | float) and not isinstance(floor, bool)
-    if not (number and isfinite(floor) and floor > 0):
-        raise ConfigError(f"fisher_average: floor must be a number above 0, got {floor!r}.")
+    check_choice("fisher_average", "fisher", fisher, _FISHER)
+    check_choice("fisher_average", "normalise", normalise, (False, True))
+    check_number("fisher_average", "floor", floor, "(0, inf)")

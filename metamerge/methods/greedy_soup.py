@@ -16,8 +16,8 @@ from torch import Tensor
 
 from metamerge.calibration import Batches, check_fit, collect, divergence, predict, targets
 from metamerge.corrections.batch_norm import recalibrate
-from metamerge.errors import ConfigError
 from metamerge.methods._combination import combine
+from metamerge.options import check_choice
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, widened
@@ -52,8 +52,7 @@ def greedy_soup(
         ConfigError: If ``criterion`` is unknown, or the batches have no labels or do not fit the
             network.
     """
-    if criterion not in _CRITERIA:
-        raise ConfigError(f"greedy_soup: criterion must be one of {_CRITERIA}, got {criterion!r}.")
+    check_choice("greedy_soup", "criterion", criterion, _CRITERIA)
     if len(weights) == 1:
         return combine(weights, [1.0])
     inputs, labels = collect(batches, labelled=True)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metamerge.methods._checks import check_choice
 from metamerge.methods._directions import SCOPES, combine_by_angles
+from metamerge.options import check_choice
 from metamerge.registry import merge_method
 from metamerge.weights import Weights
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from metamerge.calibration import Batches, collect, losses
-from metamerge.methods._checks import check_number
 from metamerge.methods._combination import combine
+from metamerge.options import check_number
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
 from metamerge.weights import Weights

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from metamerge.calibration import Batches
-from metamerge.methods._checks import check_choice, check_number
 from metamerge.methods._combination import combine, restore
 from metamerge.methods._least_squares import fitted_layers
 from metamerge.methods._slots import Grouping, grouped
 from metamerge.methods._units import OUTPUT_TARGETS, prepared, ranked, unit_activations
+from metamerge.options import check_choice, check_number
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
 from metamerge.weights import Weights
@@ -76,6 +76,7 @@ def pleas(
     check_number("pleas", "ridge", ridge, "(0, inf)")
     if len(weights) == 1:
         return combine(weights, [1.0])
+    layout.check_plain()
     stacked, layout, inputs = prepared(weights, layout, batches)
     gaps = {
         group: _gaps(seen)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from metamerge.calibration import Batches, check_fit, collect
 from metamerge.corrections.refit import fan_in_rows, sampled
-from metamerge.errors import ConfigError
 from metamerge.methods._combination import combine, restore
+from metamerge.options import check_number
 from metamerge.registry import merge_method
 from metamerge.structure import Execution, Layer, Layout
 from metamerge.weights import Weights, stack, widened
@@ -56,8 +56,8 @@ def regression_mean(
 ) -> Weights:
     """Solve for every layer whose outputs are nearest to its members', each on its own inputs.
 
-    Linear maps and ungrouped convolutions are solved for; biases, first layers and everything else
-    are averaged.
+    Linear maps and ungrouped convolutions are solved for; biases, first layers, weights that are
+    used in several places and everything else are averaged.
 
     Args:
         weights: One state dict per member, of one architecture.
@@ -74,7 +74,7 @@ def regression_mean(
         ConfigError: If ``decay`` is out of its range, or the batches do not fit the network.
         StructureError: If the network has layers that cannot be followed.
     """
-    _check(decay)
+    check_number("regression_mean", "decay", decay, "[0, 1]")
     if len(weights) == 1:
         return combine(weights, [1.0])
     inputs, _ = collect(batches, labelled=False)
@@ -112,7 +112,7 @@ def _observed(
     for node in layout.program.nodes:
         layer = layout.by_node.get(node.name)
         lane = execution.argument(node, 0) if layer is not None else None
-        if lane is not None and lane.stacked and layer.regressable:
+        if lane is not None and lane.stacked and layer.regressable and not layer.shared:
             weight = members[layer.weight]
             rows = fan_in_rows(node, layer, lane, weight)  # [m, r, i]
             rows = rows[:, sampled(rows.shape[1], rows.device, most)]
@@ -139,9 +139,3 @@ def _solved(sums: _Sums, decay: float) -> Tensor:
     own = (sums.squares[..., None] * sums.differences).sum(0)
     factor = torch.linalg.cholesky(decay * sums.gram + diagonal.diag())
     return torch.cholesky_solve(decay * sums.wanted + (1 - decay) * own, factor)
-
-
-def _check(decay: float) -> None:
-    number = isinstance(decay, int | float) and not isinstance(decay, bool)
-    if not (number and 0 <= decay <= 1):
-        raise ConfigError(f"regression_mean: decay must be a number in [0, 1], got {decay!r}.")

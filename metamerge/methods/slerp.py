@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metamerge.errors import ConfigError
-from metamerge.methods._checks import check_choice, check_number
 from metamerge.methods._directions import SCOPES, combine_by_angles
+from metamerge.options import check_choice, check_number
 from metamerge.registry import merge_method
 from metamerge.weights import Weights
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metamerge.errors import ConfigError
-from metamerge.methods._checks import check_number
 from metamerge.methods._task_vectors import add_task_vectors
+from metamerge.options import check_number
 from metamerge.registry import merge_method
 from metamerge.weights import Weights
 

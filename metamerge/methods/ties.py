@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metamerge.methods._checks import check_choice, check_number
 from metamerge.methods._combination import dtypes, running
 from metamerge.methods._selection import largest_magnitude
 from metamerge.methods._task_vectors import ELECTIONS, add_task_vectors, agreed
+from metamerge.options import check_choice, check_number
 from metamerge.registry import merge_method
 from metamerge.weights import Weights
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from metamerge.calibration import Batches
 from metamerge.corrections.refit import Target, Targets, construct, observe
-from metamerge.methods._checks import check_choice, check_number
 from metamerge.methods._combination import combine, restore
 from metamerge.methods._slots import Grouping, assemble, entries, grouped, mixed
 from metamerge.methods._units import OUTPUT_TARGETS, prepared, ranked, unit_activations, voted
+from metamerge.options import check_choice, check_number
 from metamerge.registry import merge_method
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.weights import Weights
@@ -78,6 +78,7 @@ def unit_clusters(
     check_number("unit_clusters", "ridge", ridge, "(0, inf)")
     if len(weights) == 1:
         return combine(weights, [1.0])
+    layout.check_plain()
     stacked, layout, inputs = prepared(weights, layout, batches)
     made = unit_activations(stacked, layout, inputs, read=False)
     order = ranked(stacked, layout)

@@ -16,10 +16,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from metamerge.calibration import Batches
-from metamerge.methods._checks import check_number
 from metamerge.methods._combination import combine, restore
 from metamerge.methods._slots import Grouping, assemble, grouped
 from metamerge.methods._units import correlations, prepared, ranked, unit_activations
+from metamerge.options import check_number
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
 from metamerge.weights import Weights
@@ -60,6 +60,7 @@ def zipit(
     check_number("zipit", "within", within, "[0, 1]")
     if len(weights) == 1:
         return combine(weights, [1.0])
+    layout.check_plain()
     stacked, layout, inputs = prepared(weights, layout, batches)
     first = ranked(stacked, layout)[0]
     read = unit_activations(stacked, layout, inputs, read=True)

@@ -1,5 +1,6 @@
 """Activation matching: units that fire on the same inputs come together, whatever their weights."""
 
+from functools import partial
 from importlib import import_module
 from itertools import pairwise, permutations, product
 
@@ -11,31 +12,7 @@ from torch import nn
 from metamerge import merge
 from metamerge.alignment import _activations, activation_matching, align_members
 from metamerge.errors import ConfigError, StructureError
-from metamerge.structure import Layout, discover_program, run, trace
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(24, 3)
-        self.inner, self.outer = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(5)
-
-    def forward(self, x):
-        x = torch.tanh(self.enter(x))
-        x = x + self.outer(torch.tanh(self.norm(self.inner(x))))
-        return self.leave(nn.functional.avg_pool2d(x, 2).flatten(1))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(3, 4), nn.Linear(4, 2)
-        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x):
-        x = self.enter(x)
-        return self.leave(self.attend(x, x, x, need_weights=False)[0].mean(1))
+from metamerge.structure import run
 
 
 class Towers(nn.Module):
@@ -62,22 +39,14 @@ MODELS = {
     "cnn": (lambda: nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(),
                                   nn.MaxPool2d(2), nn.Flatten(), nn.Linear(20, 6), nn.ReLU(),
                                   nn.Linear(6, 3)), (2, 4, 4)),
-    "residual": (Residual, (2, 4, 4)),
     "nothing reads it": (OneTower, (3,)),
 }  # fmt: skip
 
 
-def layout_of(model, *inputs):
-    program = trace(model.eval(), inputs)
-    return Layout(program, discover_program(program))
-
-
 class Setting:
-    def __init__(self, name):
-        build, shape = MODELS[name]
-        self.model, self.shape = build(), shape
-        self.layout = layout_of(self.model, torch.zeros(2, *shape))
-        self.spec = self.layout.spec
+    def __init__(self, model, layout, shape):
+        self.model, self.layout, self.shape = model, layout, shape
+        self.spec = layout.spec
 
     def draw(self, *sizes, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -103,20 +72,31 @@ class Setting:
         return run(self.layout.program, average, [self.inputs()], stacked=True)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def setting(request):
-    return Setting(request.param)
+@pytest.fixture(scope="module")
+def settings(residual_maps, make_layout):
+    """Name of a network -> the network in its setting."""
+    models = {**MODELS, "residual": (partial(residual_maps, torch.tanh), (2, 4, 4))}
+    made = {}
+    for name, (build, shape) in models.items():
+        model = build()
+        made[name] = Setting(model, make_layout(model, torch.zeros(2, *shape)), shape)
+    return made
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "residual"])
+def setting(request, settings):
+    return settings[request.param]
 
 
 @pytest.fixture(scope="module")
-def mlp():
-    return Setting("mlp")
+def mlp(settings):
+    return settings["mlp"]
 
 
 @pytest.fixture(scope="module")
-def two_units():
+def two_units(make_layout):
     """Inputs and two hidden ReLU units; a member holds the inputs' weights of either unit."""
-    layout = layout_of(
+    layout = make_layout(
         nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)),
         torch.zeros(2, 2),
     )
@@ -151,9 +131,9 @@ def test_loud_units_count_for_more_only_by_inner_products(two_units):
 
 @pytest.mark.parametrize("measure", ["correlation", "inner"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_pair_gets_the_best_of_all_permutations_by_plain_numpy(measure, seed):
+def test_a_pair_gets_the_best_of_all_permutations_by_plain_numpy(make_layout, measure, seed):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    layout = layout_of(model.float(), torch.zeros(2, 3))
+    layout = make_layout(model.float(), torch.zeros(2, 3))
     generator = torch.Generator().manual_seed(seed)
     members = {
         key: torch.randn(1, 2, *t.shape, generator=generator)
@@ -212,9 +192,9 @@ def test_neither_the_order_of_members_nor_that_of_units_changes_the_average(sett
         assert (other - expected).norm() < 1e-3 * (expected - expected.mean()).norm()
 
 
-def test_at_rest_no_member_can_be_matched_any_better_to_the_rest(two_units):
+def test_at_rest_no_member_can_be_matched_any_better_to_the_rest(make_layout):
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
-    layout = layout_of(model, torch.zeros(2, 3))
+    layout = make_layout(model, torch.zeros(2, 3))
     generator = torch.Generator().manual_seed(0)
     members = {
         key: torch.randn(1, 4, *t.shape, generator=generator)
@@ -275,8 +255,8 @@ def test_inputs_may_come_in_any_number_at_a_time(setting, monkeypatch):
     assert all(torch.equal(once[group], pieces[group]) for group in once)
 
 
-def test_rows_of_a_pass_are_bounded_and_the_same_for_all_networks(monkeypatch):
-    setting = Setting("cnn")
+def test_rows_of_a_pass_are_bounded_and_the_same_for_all_networks(settings, monkeypatch):
+    setting = settings["cnn"]
     monkeypatch.setattr(_activations, "MAX_ROWS", 50)
     weights = {k: t[0].expand(2, *t.shape[1:]) for k, t in setting.draw(1).items()}
     places = _activations.readings(setting.layout, setting.spec, "test")
@@ -285,7 +265,7 @@ def test_rows_of_a_pass_are_bounded_and_the_same_for_all_networks(monkeypatch):
     assert all(rows.shape[:2] == (2, 50) and torch.equal(*rows) for _, rows in found)
 
 
-def test_a_value_that_several_layers_read_counts_once():
+def test_a_value_that_several_layers_read_counts_once(make_layout):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -295,7 +275,7 @@ def test_a_value_that_several_layers_read_counts_once():
             x = torch.relu(self.a(x))
             return self.b(x) * self.c(x)
 
-    layout = layout_of(Shared(), torch.zeros(2, 3))
+    layout = make_layout(Shared(), torch.zeros(2, 3))
     assert len(_activations.readings(layout, layout.spec, "test")) == 1
 
 
@@ -318,9 +298,9 @@ def test_one_member_stays_as_it_is(setting):
     [
         ({"measure": "cosine"}, "measure must be one of"),
         ({"measure": None}, "measure must be one of"),
-        ({"sweeps": -1}, "sweeps must be a whole number from 0, got -1"),
-        ({"sweeps": True}, "sweeps must be a whole number from 0, got True"),
-        ({"sweeps": 1.5}, "sweeps must be a whole number from 0, got 1.5"),
+        ({"sweeps": -1}, "sweeps must be a whole number of at least 0, got -1"),
+        ({"sweeps": True}, "sweeps must be a whole number of at least 0, got True"),
+        ({"sweeps": 1.5}, "sweeps must be a whole number of at least 0, got 1.5"),
     ],
 )
 def test_options_out_of_range_are_refused(mlp, options, message):
@@ -333,14 +313,14 @@ def test_inputs_of_another_shape_are_refused(mlp):
         mlp.match(mlp.draw(1, 2), torch.zeros(4, 5))
 
 
-def test_attention_is_refused_with_the_way_out():
-    nets = [Attention() for _ in range(2)]
+def test_attention_is_refused_with_the_way_out(attention):
+    nets = [attention() for _ in range(2)]
     with pytest.raises(StructureError, match=r"activation_matching: .*align='weight_matching'"):
         merge(nets, method="average", align="activation_matching", batches=torch.randn(4, 5, 3))
 
 
-def test_several_inputs_are_refused_with_the_way_out():
-    layout = layout_of(Towers(), torch.zeros(2, 3), torch.zeros(2, 2))
+def test_several_inputs_are_refused_with_the_way_out(make_layout):
+    layout = make_layout(Towers(), torch.zeros(2, 3), torch.zeros(2, 2))
     members = {k: t.expand(1, 2, *t.shape) for k, t in Towers().state_dict().items()}
     with pytest.raises(ConfigError, match=r"takes 2 inputs.*align='weight_matching'"):
         activation_matching(members, layout.spec, layout=layout, batches=torch.zeros(4, 3))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from metamerge.alignment import align_members, matching_cost
+from metamerge.alignment import align_members, aligning, matching_cost
 from metamerge.alignment.aligning import chosen_alignments, listed
-from metamerge.errors import ConfigError
+from metamerge.errors import ConfigError, IncompatibleWeights
 from metamerge.structure import Layout, discover_program, trace
 from metamerge.weights import stack
 
@@ -57,6 +57,26 @@ def test_the_cost_before_and_after_is_told_for_every_step(layout, members):
     assert told[1]["objective"][-1] == pytest.approx(told[1]["matching_cost"], rel=1e-9)
     assert all(step["seconds"] >= 0 for step in told)
     assert json.loads(json.dumps(told)) == told
+
+
+@pytest.mark.parametrize(
+    ("chain", "times"),
+    [("weight_matching", 1), (["weight_matching"] * 3, 1), (["canonical", "weight_matching"], 2)],
+)
+def test_members_are_stacked_anew_only_where_more_than_their_order_changes(
+    layout, members, chain, times, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(aligning, "stack", lambda given: calls.append(0) or stack(given))
+    align_members(members, layout, chain)
+    assert len(calls) == times
+
+
+def test_members_of_several_widths_are_refused_by_what_only_permutes(layout, members):
+    small = {"0.weight": (4, 5), "0.bias": (4,), "2.weight": (3, 4), "2.bias": (3,)}
+    members = [*members, {key: torch.ones(shape) for key, shape in small.items()}]
+    with pytest.raises(IncompatibleWeights, match="'weight_matching' takes members of one width"):
+        align_members(members, layout, "weight_matching")
 
 
 def test_every_alignment_of_a_chain_gets_the_options_that_it_has(layout, members):

@@ -1,5 +1,7 @@
 """Canonical: what a change of scale or sign has hidden is undone, and no function changes."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from metamerge import merge
 from metamerge.alignment import align_members, canonical
 from metamerge.errors import ConfigError, IncompatibleWeights
-from metamerge.structure import Layout, discover_program, run, trace
+from metamerge.structure import discover_program, run, trace
 from zoo.tasks import load_task
 from zoo.training import init_networks, train_networks
 
@@ -18,49 +20,17 @@ def mlp(activation, inputs=6, width=9):
     )
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(24, 3)
-        self.inner, self.outer = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(5)
-
-    def forward(self, x):
-        x = torch.relu(self.enter(x))
-        x = x + self.outer(torch.relu(self.norm(self.inner(x))))
-        return self.leave(nn.functional.avg_pool2d(x, 2).flatten(1))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(3, 4), nn.Linear(4, 2)
-        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x):
-        x = self.enter(x)
-        return self.leave(self.attend(x, x, x, need_weights=False)[0].mean(1))
-
-
 MODELS = {
     "relu": (lambda: mlp(nn.ReLU), (6,)),
     "tanh": (lambda: mlp(nn.Tanh), (6,)),
     "linear": (lambda: mlp(nn.Identity), (6,)),
-    "residual": (Residual, (2, 4, 4)),
-    "attention": (Attention, (5, 3)),
 }
 
 
-def layout_of(model, inputs):
-    program = trace(model.eval(), inputs)
-    return Layout(program, discover_program(program))
-
-
 class Setting:
-    def __init__(self, name):
-        self.build, self.shape = MODELS[name]
-        self.layout = layout_of(self.build(), torch.zeros(2, *self.shape))
-        self.spec = self.layout.spec
+    def __init__(self, build, layout, shape):
+        self.build, self.layout, self.shape = build, layout, shape
+        self.spec = layout.spec
 
     def draw(self, seed=0, dtype=torch.float64):
         generator = torch.Generator().manual_seed(seed)
@@ -93,20 +63,34 @@ class Setting:
         return run(self.layout.program, weights, [inputs.to(dtype)])
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def setting(request):
-    return Setting(request.param)
+@pytest.fixture(scope="module")
+def settings(residual_maps, attention, make_layout):
+    """Name of a network -> the network in its setting."""
+    models = {
+        **MODELS,
+        "residual": (partial(residual_maps, torch.relu), (2, 4, 4)),
+        "attention": (attention, (5, 3)),
+    }
+    return {
+        name: Setting(build, make_layout(build(), torch.zeros(2, *shape)), shape)
+        for name, (build, shape) in models.items()
+    }
 
 
-@pytest.fixture(scope="module", params=["relu", "tanh", "linear", "residual"])
-def plain(request):
+@pytest.fixture(scope="module", params=[*MODELS, "residual", "attention"])
+def setting(request, settings):
+    return settings[request.param]
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "residual"])
+def plain(request, settings):
     """Those without units nested in blocks."""
-    return Setting(request.param)
+    return settings[request.param]
 
 
 @pytest.fixture(scope="module")
-def relu():
-    return Setting("relu")
+def relu(settings):
+    return settings["relu"]
 
 
 def close(one, other, tolerance):
@@ -203,9 +187,9 @@ def test_with_weight_matching_members_become_one_where_matching_alone_fails(plai
     assert told[-1]["matching_cost"] < 1e-9
 
 
-def test_merge_takes_the_pair():
+def test_merge_takes_the_pair(settings):
     torch.manual_seed(0)
-    setting = Setting("tanh")
+    setting = settings["tanh"]
     origin = setting.draw(dtype=torch.float32)
     members = [origin, setting.hidden(origin, 0)]
     given = {"method": "average", "model": setting.build(), "example_inputs": torch.zeros(2, 6)}
@@ -272,8 +256,8 @@ def test_units_without_incoming_or_outgoing_weights_keep_their_scale(relu):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes_are_kept_and_no_memory_is_shared(dtype):
-    setting = Setting("residual")
+def test_dtypes_are_kept_and_no_memory_is_shared(settings, dtype):
+    setting = settings["residual"]
     members = [setting.draw(0, dtype), setting.draw(1, torch.float32)]
     before = [{key: t.clone() for key, t in own.items()} for own in members]
     for own, untouched, found in zip(
@@ -285,12 +269,12 @@ def test_dtypes_are_kept_and_no_memory_is_shared(dtype):
         assert {t.data_ptr() for t in own.values()}.isdisjoint(t.data_ptr() for t in found.values())
 
 
-def test_it_tells_what_it_did(relu):
+def test_it_tells_what_it_did(settings, relu):
     report = {}
     canonical([relu.draw()], relu.spec, report=report)
     assert report.keys() == {"sweeps"}
     assert 1 < report["sweeps"] < 100
-    tanh = Setting("tanh")
+    tanh = settings["tanh"]
     canonical([tanh.draw(0), tanh.draw(1)], tanh.spec, report=report)
     assert report["sweeps"] == 0
     assert 0 < report["flipped"] < 1
@@ -310,14 +294,14 @@ def test_members_of_different_widths_are_refused():
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-def test_trained_pairs_come_closer_than_by_weight_matching_alone(activation):
+def test_trained_pairs_come_closer_than_by_weight_matching_alone(make_layout, activation):
     task, count = load_task("digits"), 6
     inputs = task.inputs.flatten(1)
 
     def network():
         return mlp(activation, inputs.shape[1], 32).extend([nn.Linear(3, 10)])
 
-    layout = layout_of(network(), inputs[:2])
+    layout = make_layout(network(), inputs[:2])
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randperm(len(inputs), generator=generator)[:500] for _ in range(2 * count)]
     start = init_networks(network, range(2 * count))

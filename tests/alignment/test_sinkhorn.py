@@ -154,9 +154,9 @@ def test_a_network_without_groups_is_left_alone():
         ({"start": None}, "sinkhorn: start must be one of .*, got None"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"steps": True}, "steps must be a whole number of at least 1, got True"),
-        ({"rate": float("nan")}, "rate must be a number between 0 and inf, got nan"),
-        ({"rate": "fast"}, "rate must be a number between 0 and inf, got 'fast'"),
-        ({"confidence": 1.0}, "confidence must be a number between 0 and 1, got 1.0"),
+        ({"rate": float("nan")}, r"rate must be a number in \(0, inf\), got nan"),
+        ({"rate": "fast"}, r"rate must be a number in \(0, inf\), got 'fast'"),
+        ({"confidence": 1.0}, r"confidence must be a number in \(0, 1\), got 1.0"),
         ({"loss": "midpoint"}, "loss='midpoint' runs the merged network, and there is none"),
     ],
 )

@@ -4,14 +4,12 @@ import argparse
 import os
 import pickle
 import subprocess
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from metamerge.checkpoints import read_checkpoints
 from metamerge.errors import Unreadable, Unsafe
 
 both_formats = pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
@@ -27,30 +25,8 @@ class Attack:
         return self.call
 
 
-def saved(obj, path, as_zip=True):
-    torch.save(obj, path, _use_new_zipfile_serialization=as_zip)
-    return path
-
-
 def weights():
     return {"a.weight": torch.randn(4, 3), "steps": torch.tensor(5), "mask": torch.tensor([True])}
-
-
-def refuse(error, match, path, **options):
-    with pytest.raises(error, match=match) as caught:
-        read_checkpoints(path, **options)
-    assert path.name in str(caught.value)
-    assert "weights_only" not in str(caught.value)
-
-
-def rewritten(path, change):
-    """Copy a zip archive record by record, changed."""
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in change(records).items():
-            archive.writestr(name, content)
-    return path
 
 
 ATTACKS = {
@@ -64,7 +40,9 @@ ATTACKS = {
 @both_formats
 @pytest.mark.parametrize("kind", ATTACKS)
 @pytest.mark.parametrize("place", ["alone", "beside"])
-def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path, as_zip, kind, place):
+def test_code_in_a_checkpoint_is_refused_and_never_runs(
+    tmp_path, saved, refuse, as_zip, kind, place
+):
     mark = tmp_path / "mark"
     attack = ATTACKS[kind](mark)
     content = attack if place == "alone" else weights() | {"x": attack}
@@ -74,7 +52,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path, as_zip, kind, 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_bare_pickle_is_refused_and_never_runs(tmp_path, protocol, suffix):
+def test_a_bare_pickle_is_refused_and_never_runs(tmp_path, refuse, protocol, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(pickle.dumps(ATTACKS["open"](tmp_path / "mark"), protocol))
     refuse(Unsafe, "pickle", path)
@@ -82,7 +60,7 @@ def test_a_bare_pickle_is_refused_and_never_runs(tmp_path, protocol, suffix):
 
 
 @pytest.mark.parametrize("protocol", [0, 1])
-def test_a_pickle_of_an_old_protocol_is_refused_and_never_runs(tmp_path, protocol):
+def test_a_pickle_of_an_old_protocol_is_refused_and_never_runs(tmp_path, refuse, protocol):
     path = tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(ATTACKS["open"](tmp_path / "mark"), protocol))
     refuse(Unreadable, "neither", path)
@@ -90,7 +68,7 @@ def test_a_pickle_of_an_old_protocol_is_refused_and_never_runs(tmp_path, protoco
 
 
 @both_formats
-def test_a_torch_file_under_the_name_of_safetensors_is_refused(tmp_path, as_zip):
+def test_a_torch_file_under_the_name_of_safetensors_is_refused(tmp_path, saved, refuse, as_zip):
     refuse(Unsafe, "under the name", saved(weights(), tmp_path / "a.safetensors", as_zip))
 
 
@@ -105,18 +83,18 @@ def test_a_torch_file_under_the_name_of_safetensors_is_refused(tmp_path, as_zip)
     ],
     ids=["module", "namespace", "numpy", "set"],
 )
-def test_other_objects_are_refused_with_advice_to_export(tmp_path, as_zip, content):
+def test_other_objects_are_refused_with_advice_to_export(tmp_path, saved, refuse, as_zip, content):
     refuse(Unsafe, "state_dict", saved(content, tmp_path / "a.pt", as_zip))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_program_is_refused_with_advice_to_export(tmp_path):
+def test_a_torchscript_program_is_refused_with_advice_to_export(tmp_path, refuse):
     path = tmp_path / "a.pt"
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
     refuse(Unsafe, "TorchScript.*state_dict", path)
 
 
-def test_a_nested_key_is_refused_before_it_is_hashed(tmp_path):
+def test_a_nested_key_is_refused_before_it_is_hashed(tmp_path, saved, refuse, rewritten):
     path = saved({"w": torch.zeros(1)}, tmp_path / "a.pt")
     doubled = b"".join(b"q%ch%c\x86" % (i, i) for i in range(18))  # memo, get, pair
     build = (

@@ -96,6 +96,13 @@ def test_every_member_is_found_in_whatever_shard_it_lies(zoo, family, member):
     assert found.metadata["init_seed"] == 10 * family + member + 2**60
 
 
+def test_a_zoo_without_a_family_is_refused_with_addresses_that_can_be_read(zoo):
+    told = r"is a zoo. Address a family as .*#<group>/<family>, with <group> one of \['test-k2'\]"
+    with pytest.raises(Unreadable, match=told):
+        read_checkpoints(zoo)
+    assert len(read_checkpoints(f"{zoo}#test-k2/0")) == MEMBERS
+
+
 def test_what_is_recorded_of_a_member_is_its_metadata(zoo):
     (member,) = read_checkpoints(f"{zoo}#test-k2/3/1")
     assert member.metadata == {

@@ -173,10 +173,10 @@ def test_through_merge_what_was_chosen_is_reported():
     [
         ({"per": "unit"}, "per must be one of .* got 'unit'"),
         ({"per": None}, "per must be one of .* got None"),
-        ({"grid": (1, 0)}, "grid must hold numbers above 0, got"),
-        ({"grid": (1, float("nan"))}, "grid must hold numbers above 0, got"),
+        ({"grid": (1, 0)}, r"grid\[1\] must be a number in \(0, inf\), got 0"),
+        ({"grid": (1, float("nan"))}, r"grid\[1\] must be a number in \(0, inf\), got nan"),
         ({"grid": "12"}, "grid must hold numbers above 0, got '12'"),
-        ({"grid": (True,)}, "grid must hold numbers above 0, got"),
+        ({"grid": (True,)}, r"grid\[0\] must be a number in \(0, inf\), got True"),
         ({"grid": None}, "grid must hold numbers above 0, got None"),
         ({"grid": 2.0}, "grid must hold numbers above 0, got 2.0"),
         ({"labels": torch.tensor([2])}, "labels reach 2, the network has classes 0 to 1"),

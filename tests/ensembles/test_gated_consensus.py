@@ -112,7 +112,7 @@ def test_a_network_without_a_layer_has_no_activations():
         ({"neighbours": 5}, "number of examples, 4"),
         ({"neighbours": True}, "neighbours must be"),
         ({"neighbours": 1.5}, "neighbours must be"),
-        ({"sharpness": 0}, "sharpness must be a finite number above 0"),
+        ({"sharpness": 0}, r"sharpness must be a number in \(0, inf\), got 0"),
         ({"sharpness": float("nan")}, "sharpness must be"),
         ({"sharpness": "4"}, "sharpness must be"),
         ({"similar": "outputs"}, "similar must be one of"),

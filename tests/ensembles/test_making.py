@@ -63,7 +63,7 @@ def test_a_vote_is_never_overruled_however_sure_the_tie_breaker_is():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "softvote"}, "kind: got 'softvote', expected one of"),
+        ({"kind": "softvote"}, "kind: got 'softvote'. Did you mean 'soft_vote'.*Expected one of"),
         ({"kind": "stacking"}, "stacking needs batches=<.inputs, labels. pairs>"),
         ({"kind": "stacked_mean"}, "stacked_mean needs batches=<.inputs, targets. pairs>"),
         ({"recalibrated": True}, "recalibrated=True needs batches"),
@@ -71,9 +71,12 @@ def test_a_vote_is_never_overruled_however_sure_the_tie_breaker_is():
         ({"kind": "stacking", "batches": INPUTS}, "has no labels"),
         ({"kind": "stacking", "batches": (INPUTS, LABELS + 1)}, "labels go from 1 to 3"),
         ({"batches": INPUTS[:, :4], "example_inputs": INPUTS[:2]}, "inputs have shape"),
-        ({"kind": "stacked_mean", "batches": (INPUTS, LABELS[:9])}, "of one length"),
+        (
+            {"kind": "stacked_mean", "batches": (INPUTS, LABELS[:9])},
+            r"shape \(9,\), expected \(40,",
+        ),
         ({"kind": "stacked_mean", "batches": (INPUTS, torch.zeros(40, 2))}, "expected .40, 3."),
-        ({"kind": "stacked_mean", "batches": INPUTS}, "expected pairs"),
+        ({"kind": "stacked_mean", "batches": INPUTS}, "has no targets. Pass pairs"),
         ({"kind": "weighted_mean", "batches": (INPUTS, torch.full((40, 3), torch.nan))}, "finite"),
     ],
 )

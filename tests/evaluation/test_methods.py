@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from evaluation.methods import entries as entries_module
+from evaluation.methods import settings as settings_module
 from evaluation.methods import table as methods_module
 from evaluation.methods.entries import Entry, entries
 from evaluation.methods.ledger import Ledger
@@ -94,7 +95,7 @@ def test_what_requires_labels_is_tried_with_labels_only():
         entry = Entry("labelled_only")
         assert [entry.possible(d) for d in entries_module.DATA] == [False, False, True]
     finally:
-        registry._METHODS.pop("labelled_only", None)
+        registry._METHODS.records.pop("labelled_only", None)
 
 
 def test_base_is_the_network_that_members_left_together(setting):
@@ -164,6 +165,25 @@ def test_controls_and_ensembles_are_rows(result):
     controls = {row["method"] for row in result.rows if row["control"]}
     assert {"soft-vote ensemble", "best member", "trained from scratch"} <= controls
     assert {"distilled from best member", "trained on all segments (ceiling)"} <= controls
+    assert {"best member, prior fitted", "aligned average, one garbage member more"} <= controls
+
+
+def test_a_garbage_member_more_is_a_network_more_to_keep_for_the_vote_only(result):
+    own = {row["method"]: row for row in result.rows if row["start"] == "own"}
+    vote, average = (
+        own[f"{name}, one garbage member more"]
+        for name in ("soft-vote ensemble", "aligned average")
+    )
+    assert vote["parameters"] == own["soft-vote ensemble"]["parameters"] * 5 / 4
+    assert average["parameters"] == own["average"]["parameters"]
+    assert own["soft-vote ensemble"]["accuracy_mean"] != vote["accuracy_mean"]
+
+
+def test_the_classes_that_a_member_learned_are_counted_by_hand():
+    task = Task("four", torch.zeros(4, 1), torch.tensor([0, 0, 1, 2]), 3)
+    rows = torch.tensor([[[0, 1, 2], [3, -1, -1]]])  # two zeros and a one; a two
+    shares = settings_module._shares(rows, task)
+    assert torch.allclose(shares, torch.tensor([[[3 / 6, 2 / 6, 1 / 6], [1 / 4, 1 / 4, 2 / 4]]]))
 
 
 def test_what_says_nothing_without_batch_normalisation_is_left_out(result):

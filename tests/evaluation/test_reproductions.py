@@ -13,9 +13,10 @@ from evaluation.reproductions import ma_echo as ma_echo_module
 from evaluation.reproductions import repair_depth as depth_module
 from evaluation.reproductions import repair_width as width_module
 from evaluation.reproductions.ma_echo import MaEchoOptions, ma_echo
-from evaluation.reproductions.pairs import merged_scores, scored_row
+from evaluation.reproductions.pairs import merged_scores
 from evaluation.reproductions.repair_depth import DepthOptions, fused, normalised_mlp, repair_depth
 from evaluation.reproductions.repair_width import WidthOptions, repair_width
+from evaluation.reproductions.sizes import scored_row
 from evaluation.reproductions.skewed import known_classes, network, shares, trained
 from metamerge.structure import Layout, discover_program, run
 from metamerge.weights import stack

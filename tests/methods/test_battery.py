@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from metamerge.declaration import REQUIRED, RESOURCES, bind
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
-from metamerge.registry import REQUIRED, RESOURCES, bind, get_method, list_methods
+from metamerge.registry import get_method, list_methods
 from metamerge.structure import Layout, discover_program, run, trace
 from metamerge.weights import stack
 

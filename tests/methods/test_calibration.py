@@ -79,6 +79,40 @@ def test_missing_labels_are_refused_where_they_are_needed(batches, told):
         collect(batches, labelled=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_numbers_to_put_out_stand_where_labels_do(dtype):
+    targets = (X - 3).to(dtype)
+    inputs, found = collect(
+        [(X[:4], targets[:4]), (X[4:], targets[4:])], labelled=True, numbers=True
+    )
+    assert torch.equal(inputs, X)
+    assert torch.equal(found, targets)
+    assert found.dtype == dtype
+
+
+def test_one_number_per_input_is_a_column():
+    assert torch.equal(collect((X, X[:, 0]), labelled=True, numbers=True)[1], X[:, :1])
+
+
+def test_numbers_are_not_needed_where_nobody_says_so():
+    assert collect(X, labelled=False, numbers=True)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "told"),
+    [
+        (X, "batches has no targets. Pass pairs"),
+        ([(X, X), X], r"batches\[1\] has no targets"),
+        ((X, X[:5]), r"targets have shape \(5, 2\), expected \(6, outputs\)"),
+        ((X, X[0, 0]), r"targets have shape \(\), expected"),
+        ([(X, X), (X, X[:, 0])], r"shapes \(6, 2\), \(6, 1\)"),
+    ],
+)
+def test_numbers_that_do_not_fit_the_inputs_are_refused(batches, told):
+    with pytest.raises(ConfigError, match=told):
+        collect(batches, labelled=True, numbers=True)
+
+
 def test_the_loss_of_two_numbers(scalar_layout, scalar_members):
     inputs, labels = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])
     # log(1 + e^-a) and log(1 + e^2a), for a = 0 and a = 1

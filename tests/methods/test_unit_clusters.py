@@ -2,57 +2,45 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from metamerge.errors import ConfigError
 from metamerge.methods import average, unit_clusters
 from metamerge.methods._slots import grouped
 from metamerge.methods.unit_clusters import _distances, _filled, _hungarian, _kmeans, _start
-from metamerge.structure import Layout, discover_program, run, trace
+from metamerge.structure import run
 from metamerge.weights import stack, unstack
 
 INPUTS = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def layout():
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
-    program = trace(model, torch.zeros(2, 2))
-    return Layout(program, discover_program(program))
-
-
-def member(first, second):
-    return {"0.weight": torch.tensor(first), "2.weight": torch.tensor(second)}
-
-
 @pytest.mark.parametrize("algorithm", ["kmeans", "hungarian"])
-def test_two_members_by_hand(layout, algorithm):
+def test_two_members_by_hand(pair_member, pair_layout, algorithm):
     # Slot 0 of the larger member B holds A's unit 1; centres are the means of the pairs. The output
     # is fitted to (A + B) / 2 = (1 + 8) / 2 x0 + (2 + 6) / 2 x1 on units 1.5 x1 and 1.5 x0.
-    one = member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
-    other = member([[0.0, 2.0], [2.0, 0.0]], [[3.0, 4.0]])
+    one = pair_member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
+    other = pair_member([[0.0, 2.0], [2.0, 0.0]], [[3.0, 4.0]])
     fused = unit_clusters(
-        [one, other], layout=layout, batches=INPUTS, algorithm=algorithm, ridge=1e-7
+        [one, other], layout=pair_layout, batches=INPUTS, algorithm=algorithm, ridge=1e-7
     )
     assert torch.allclose(fused["0.weight"], torch.tensor([[0.0, 1.5], [1.5, 0.0]]), atol=1e-5)
     assert torch.allclose(fused["2.weight"], torch.tensor([[4 / 1.5, 4.5 / 1.5]]), atol=1e-4)
 
 
-def test_importance_by_hand(layout):
+def test_importance_by_hand(pair_member, pair_layout):
     # Relative to their member's mean, units count 2/3 and 4/3 in A, 3/3.5 and 4/3.5 in B.
-    one = member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
-    other = member([[2.0, 0.0], [0.0, 2.0]], [[3.0, 4.0]])
-    fused = unit_clusters([one, other], layout=layout, batches=INPUTS, importance="weights")
+    one = pair_member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
+    other = pair_member([[2.0, 0.0], [0.0, 2.0]], [[3.0, 4.0]])
+    fused = unit_clusters([one, other], layout=pair_layout, batches=INPUTS, importance="weights")
     a, b = (2 / 3, 6 / 7), (4 / 3, 8 / 7)
     expected = [(a[0] + 2 * a[1]) / sum(a), (b[0] + 2 * b[1]) / sum(b)]
     assert torch.allclose(fused["0.weight"].diagonal(), torch.tensor(expected), atol=1e-5)
 
 
-def test_a_cluster_may_hold_units_of_one_member_only(layout):
-    one = member([[1.0, 0.0], [1.0, 0.0]], [[1.0, 2.0]])
-    other = member([[0.0, 1.0], [0.0, 1.0]], [[3.0, 4.0]])
+def test_a_cluster_may_hold_units_of_one_member_only(pair_member, pair_layout):
+    one = pair_member([[1.0, 0.0], [1.0, 0.0]], [[1.0, 2.0]])
+    other = pair_member([[0.0, 1.0], [0.0, 1.0]], [[3.0, 4.0]])
     report = {}
-    fused = unit_clusters([one, other], layout=layout, batches=INPUTS, report=report)
+    fused = unit_clusters([one, other], layout=pair_layout, batches=INPUTS, report=report)
     assert sorted(fused["0.weight"].round(decimals=5).tolist()) == [[0.0, 1.0], [1.0, 0.0]]
     assert report["spread"]["0"] == pytest.approx(0, abs=1e-6)
     assert report["sizes"]["0"] == [2, 2]
@@ -153,7 +141,7 @@ def test_on_trained_networks_it_beats_the_plain_average_and_votes_beat_means(dig
         ({"ridge": "weak"}, "ridge must be a number"),
     ],
 )
-def test_options_out_of_range_are_refused(layout, options, told):
-    one = member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
+def test_options_out_of_range_are_refused(pair_member, pair_layout, options, told):
+    one = pair_member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
     with pytest.raises(ConfigError, match=f"unit_clusters: {told}"):
-        unit_clusters([one, one], layout=layout, batches=INPUTS, **options)
+        unit_clusters([one, one], layout=pair_layout, batches=INPUTS, **options)

@@ -2,50 +2,38 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from metamerge.errors import ConfigError
 from metamerge.methods import average, zipit
 from metamerge.methods.zipit import zipped
-from metamerge.structure import Layout, discover_program, run, trace
+from metamerge.structure import run
 from metamerge.weights import stack, unstack
 
 INPUTS = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def layout():
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
-    program = trace(model, torch.zeros(2, 2))
-    return Layout(program, discover_program(program))
-
-
-def member(first, second):
-    return {"0.weight": torch.tensor(first), "2.weight": torch.tensor(second)}
-
-
-def test_two_members_by_hand(layout):
+def test_two_members_by_hand(pair_member, pair_layout):
     # B's units are A's in the other order, and B is larger, so slots are in B's order: slot 0 holds
     # A's unit 1 and B's unit 0.
-    one = member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
-    other = member([[0.0, 2.0], [2.0, 0.0]], [[3.0, 4.0]])
+    one = pair_member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
+    other = pair_member([[0.0, 2.0], [2.0, 0.0]], [[3.0, 4.0]])
     for members in ([one, other], [other, one]):
-        fused = zipit(members, layout=layout, batches=INPUTS, within=0.0)
+        fused = zipit(members, layout=pair_layout, batches=INPUTS, within=0.0)
         assert fused["0.weight"].tolist() == [[0.0, 1.5], [1.5, 0.0]]
         assert fused["2.weight"].tolist() == [[2.5, 2.5]]  # ((2, 1) + (3, 4)) / 2
 
 
-def test_units_inside_a_member_are_merged_by_hand(layout):
+def test_units_inside_a_member_are_merged_by_hand(pair_member, pair_layout):
     # Each member has one unit twice; zipped, the network is exactly the members' mean.
-    one = member([[1.0, 0.0], [1.0, 0.0]], [[1.0, 2.0]])
-    other = member([[0.0, 1.0], [0.0, 1.0]], [[3.0, 4.0]])
+    one = pair_member([[1.0, 0.0], [1.0, 0.0]], [[1.0, 2.0]])
+    other = pair_member([[0.0, 1.0], [0.0, 1.0]], [[3.0, 4.0]])
     report = {}
-    fused = zipit([one, other], layout=layout, batches=INPUTS, within=1.0, report=report)
+    fused = zipit([one, other], layout=pair_layout, batches=INPUTS, within=1.0, report=report)
     assert sorted(fused["0.weight"].tolist()) == [[0.0, 1.0], [1.0, 0.0]]
     assert sorted(fused["2.weight"][0].tolist()) == [1.5, 3.5]
     assert report["within"] == {"0": 2}
     assert report["correlation"]["0"] == pytest.approx(1.0, abs=1e-5)
-    logits = run(layout.program, stack([one, other, fused]), [INPUTS], stacked=True)
+    logits = run(pair_layout.program, stack([one, other, fused]), [INPUTS], stacked=True)
     assert torch.allclose(logits[2], logits[:2].mean(0), atol=1e-6)
 
 
@@ -93,16 +81,16 @@ def test_without_merges_inside_a_pair_of_members_is_matched_one_to_one():
 
 
 @pytest.mark.parametrize("within", [-0.1, 1.5, math.nan, None, "half", True])
-def test_within_out_of_range_is_refused(layout, within):
-    one = member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
+def test_within_out_of_range_is_refused(pair_member, pair_layout, within):
+    one = pair_member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
     with pytest.raises(ConfigError, match=r"zipit: within must be a number in \[0, 1\]"):
-        zipit([one, one], layout=layout, batches=INPUTS, within=within)
+        zipit([one, one], layout=pair_layout, batches=INPUTS, within=within)
 
 
-def test_inputs_of_another_shape_are_refused(layout):
-    one = member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
+def test_inputs_of_another_shape_are_refused(pair_member, pair_layout):
+    one = pair_member([[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0]])
     with pytest.raises(ConfigError, match=r"\(5, 3\), the network takes \(b, 2\)"):
-        zipit([one, one], layout=layout, batches=torch.zeros(5, 3))
+        zipit([one, one], layout=pair_layout, batches=torch.zeros(5, 3))
 
 
 def test_on_trained_networks_it_beats_the_plain_average(digits_zoo):

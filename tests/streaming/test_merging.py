@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import metamerge.pipeline
 from metamerge import merge, merge_files
 from metamerge.checkpoints import read_checkpoints, save_checkpoint
 from metamerge.errors import (
@@ -23,8 +22,9 @@ from metamerge.errors import (
     Unsafe,
 )
 from metamerge.registry import get_method, list_methods
+from metamerge.streaming import pipeline
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 SHARD = "model.safetensors.index.json"
 
 
@@ -76,7 +76,7 @@ def streamable():
 @pytest.fixture(params=[None, 100], ids=["whole tensors", "cut tensors"])
 def cut(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(metamerge.pipeline, "_PART", request.param)
+        monkeypatch.setattr(pipeline, "_PART", request.param)
 
 
 def test_average_of_four_numbers(tmp_path):
@@ -271,13 +271,13 @@ def test_files_of_other_kinds_are_refused(tmp_path, paths):
 
 def test_a_file_that_changes_meanwhile_is_an_error_and_not_a_crash(tmp_path, paths, monkeypatch):
     file = paths[0] / "model.safetensors"
-    real = metamerge.pipeline.TensorReader.read
+    real = pipeline.TensorReader.read
 
     def shortened(*arguments):
         os.truncate(file, file.stat().st_size - 8)
         return real(*arguments)
 
-    monkeypatch.setattr(metamerge.pipeline.TensorReader, "read", shortened)
+    monkeypatch.setattr(pipeline.TensorReader, "read", shortened)
     with pytest.raises((Truncated, Unreadable), match=r"m0.model\.safetensors"):
         merge_files(paths[:1] * 2, tmp_path / "out")
     assert not any("out" in name for name in os.listdir(tmp_path))
@@ -300,7 +300,7 @@ def test_a_failure_leaves_the_old_result_and_nothing_else(tmp_path, paths, monke
     merge_files(paths[:2], tmp_path / "out")
     before = result(tmp_path / "out").weights
     names = {
-        "read": "metamerge.pipeline.TensorReader.read",
+        "read": "metamerge.streaming.pipeline.TensorReader.read",
         "write": "metamerge.checkpoints.shard_writing.ShardWriter.append",
         "sync": "metamerge.checkpoints.shard_writing.os.fsync",
     }
@@ -320,7 +320,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_work(tmp_path, paths, monkey
     class Full:
         free = 10
 
-    monkeypatch.setattr("metamerge.streaming.shutil.disk_usage", lambda _: Full)
+    monkeypatch.setattr("metamerge.streaming.merging.shutil.disk_usage", lambda _: Full)
     with pytest.raises(OSError, match="10 are free") as raised:
         merge_files(paths[:2], tmp_path / "out")
     assert raised.value.errno == errno.ENOSPC
@@ -329,7 +329,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_work(tmp_path, paths, monkey
 def test_a_killed_process_leaves_nothing_visible(tmp_path):
     paths = [put(tmp_path / n, {f"{i}": torch.randn(2**20) for i in range(8)}) for n in "ab"]
     code = (
-        "import sys, metamerge.pipeline, metamerge; metamerge.pipeline._PART = 2**16; "
+        "import sys, metamerge; from metamerge.streaming import pipeline; pipeline._PART = 2**16; "
         "print('on', flush=True); metamerge.merge_files(sys.argv[2:], sys.argv[1])"
     )
     command = [sys.executable, "-c", code, tmp_path / "out", *paths]

@@ -23,9 +23,10 @@ from metamerge.checkpoints.lazy import LazyCheckpoint, StoredTensor, open_lazily
 from metamerge.checkpoints.opening import display
 from metamerge.checkpoints.shard_writing import Form, Shard, nbytes, plan_shards
 from metamerge.checkpoints.writing import whole_folder, write_manifest
+from metamerge.declaration import bind, check_options
 from metamerge.errors import ConfigError
-from metamerge.pipeline import Fuse, stream
-from metamerge.registry import MergeMethod, bind, check_options, get_method
+from metamerge.registry import MergeMethod, get_method
+from metamerge.streaming.pipeline import Fuse, stream
 from metamerge.weights import Weights, check_compatible, strip_wrappers
 
 _AT_HAND = {"base", "generator", "report"}
