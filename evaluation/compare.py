@@ -1,225 +1,90 @@
-"""Compare a merger with everything else: ``python -m evaluation.compare``.
+"""Compare mergers with everything else: ``python -m evaluation.compare``.
 
 Test families and test images appear here and nowhere else. Every way of getting one network from a
-family's members is scored beside its controls; the table goes to the terminal, to
-``leaderboard.json`` and, row by row, to MLflow.
+family's members is scored beside its controls, at several budgets of images; the table goes to the
+terminal, to ``leaderboard.json`` and, row by row, to MLflow. Rows are kept as they are finished, so
+the same command goes on where it was stopped. ``--suite`` runs several comparisons in a row and
+says what was to be reached.
 """
 
-import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
 
-from evaluation import controls
-from evaluation.gates import collapse_gates, forgotten_class_recall
-from evaluation.metrics import accuracy, common_task
+from evaluation import by_heart, controls, examination, gates
+from evaluation.bench import Bench
+from evaluation.competitors import (
+    Competitor,
+    control_rows,
+    drawn_images,
+    merger_rows,
+    plain_rows,
+    voting_rows,
+)
+from evaluation.contestants import Contestant, code_of, read_contestants
+from evaluation.examination import examine
+from evaluation.judged import Judged, open_zoo, third_party_pair, zoo_families
+from evaluation.methods.ledger import Ledger
+from evaluation.metrics import common_task
 from evaluation.plots import leaderboard_figure
-from evaluation.report import MERGER, Scored, differences, print_leaderboard, write_leaderboard
+from evaluation.report import Scored, differences, print_leaderboard, write_leaderboard
+from evaluation.suite_runs import run_suite
 from evaluation.tracking import track
-from metamerge.api import merge
-from metamerge.checkpoints import Checkpoint
 from metamerge.errors import ConfigError
-from metamerge.mergers import GNNMerger, load_merger, read_card
-from metamerge.weights import Weights, stack, unstack
-from zoo.architectures import frozen
-from zoo.build import build_with_progress
 from zoo.options import command
-from zoo.parts import TaskSplit
-from zoo.recipe import factory_for, options_from
-from zoo.store import Zoo, load_zoo
-from zoo.training import predict
-
-SCRATCH_SEED = 2**62  # inits of controls: beyond those of any zoo
-HELD_BACK = ("task", "seed", "objective")  # options that decide which images a merger never saw
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Compare a trained merger with averages, ensembles, distillation and plain training."""
+    """Compare trained mergers with averages, ensembles, distillation and plain training."""
 
-    merger: str = "runs/merger"  # folder of the trained merger
-    zoo: str | None = None  # folder of the zoo; the merger's own if not given
-    out: str = "runs/compare"  # folder of leaderboard.json and its picture
+    merger: tuple[str, ...] = ("runs/merger",)  # folders of trained mergers
+    zoo: str | None = None  # folder of the zoo to judge on; the merger's own if not given
+    third_party: tuple[str, ...] = ()  # judge on pygmtools' example_model_fusion_1.dat and _2.dat
+    suite: str | None = None  # run a suite of comparisons: mergers or quick
+    only: tuple[str, ...] = ()  # rows of the suite to run; all if not given
+    out: str | None = None  # folder of tables and pictures; runs/compare, or runs/suite-<name>
     members: tuple[int, ...] = ()  # numbers of members to compare at; all of the zoo if not given
+    families: int = 0  # test families to compare on; 0: all of the zoo
+    unlabelled: tuple[int, ...] = (500,)  # unlabelled images at merge time; 0: none
+    labelled: tuple[int, ...] = (200,)  # labelled images at merge time, stratified; 0: none
+    full: bool = True  # compare with all objective images at merge time as well
+    controls: bool = True  # train and score the controls as well
     seed: int = 0  # seed of everything random in the methods
     tracking: bool = True  # log every row to MLflow
     experiment: str = "metamerge"  # name of the MLflow experiment
 
+    def __post_init__(self) -> None:
+        """Refuse budgets that cannot be cut into two parts.
 
-class Bench:
-    """Everything that is needed to score one size of family."""
-
-    def __init__(
-        self, zoo: Zoo, split: TaskSplit, members: int, merger: GNNMerger, seed: int
-    ) -> None:
-        self.layout, self.options, self.members = zoo.layout, options_from(zoo.options), members
-        self.zoo, self.split, self.merger, self.seed = zoo, split, merger, seed
-        self.families = zoo.families("test", members)  # [f, m, ...]
-        self.count = next(iter(self.families.values())).shape[0]
-        still = tuple(frozen(self.network()))
-        self.budget = controls.Budget(split.images("objective"), split.images("validation"), still)
-        self.images = len(self.budget.everything[1])
-        sizes = [t[0, 0].numel() for t in self.families.values() if t.is_floating_point()]
-        self.parameters = sum(sizes)
-        self.sources = [self._checkpoints(family) for family in range(self.count)]
-
-    def network(self) -> nn.Module:
-        """A fresh network of the families' architecture."""
-        return factory_for(self.options, self.split.task)()
-
-    def _checkpoints(self, family: int) -> list[Checkpoint]:
-        address = self.zoo.address("test", self.members, family)
-        members = unstack({key: t[family] for key, t in self.families.items()})
-        return [
-            Checkpoint(f"{address}/{m}", weights, self.zoo.manifest["program"])
-            for m, weights in enumerate(members)
-        ]
-
-    def merge(self, **arguments: Any) -> Weights:
-        """Merge every family through the public interface, ``[f, ...]``."""
-        fused = [merge(own, seed=self.seed, device="cpu", **arguments) for own in self.sources]
-        return stack([merged.weights for merged in fused])
-
-    def timed(
-        self, name: str, data: str, make: Callable[[], Weights], *, control: bool
-    ) -> list[Scored]:
-        """Make networks ``[f, ...]`` and score them on the test images."""
-        clock = time.perf_counter()
-        weights = make()
-        seconds = (time.perf_counter() - clock) / self.count
-        inputs, targets = self.split.images("test")
-        found = accuracy(predict(self.layout.program, weights, inputs), targets)
-        return [Scored(name, self.members, data, found, seconds, self.parameters, control)]
-
-    def voted(self) -> list[Scored]:
-        """The ensembles, which keep all members."""
-        inputs, targets = self.split.images("test")
-        clock = time.perf_counter()
-        chosen = controls.votes(self.families, self.layout, inputs)
-        seconds = (time.perf_counter() - clock) / self.count
-        names = {"soft_vote": "soft-vote ensemble", "majority_vote": "majority-vote ensemble"}
-        return [
-            Scored(
-                names[key],
-                self.members,
-                "none",
-                (classes == targets).float().mean(1),
-                seconds,
-                self.members * self.parameters,
-                True,
-            )
-            for key, classes in chosen.items()
-        ]
-
-    def judged(self) -> tuple[Any, ...]:
-        """What gates want: merger, families, layout, and images that are not the test images."""
-
-        def merged(members: Weights) -> Weights:
-            return self.merger(members, self.layout)
-
-        return merged, self.families, self.layout, *self.split.images("validation")
-
-    def union_rows(self) -> list[Tensor]:
-        """Rows of each family's segments, without repeats."""
-        rows = self.zoo.rows("test", self.members)  # [f, m, longest]
-        return [own[own >= 0].unique().long() for own in rows]
+        Raises:
+            ConfigError: Naming the option.
+        """
+        for name in ("unlabelled", "labelled"):
+            if any(count < 0 or count == 1 for count in getattr(self, name)):
+                raise ConfigError(
+                    f"{name}: expected 0 or at least 2 images, got {getattr(self, name)}."
+                )
 
 
-def methods(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
-    """Every merge method of the comparison, each a call that scores it."""
-    labelled = bench.budget.everything
-    unlabelled = labelled[0]
-    u, lab = f"unlabelled:{bench.images}", f"labelled:{bench.images}"
-    plain = {"method": "average", "align": None}
-    aligned = {"method": "average", "align": "weight_matching"}
-    bare = _without_residual(bench.merger)
-    table: list[tuple[str, str, dict[str, Any]]] = [
-        (MERGER, "none", {"method": "gnn", "merger": bench.merger}),
-        (f"{MERGER}, no residual, no prior", "none", {"method": "gnn", "merger": bare}),
-        (
-            f"{MERGER}, calibrated",
-            u,
-            {"method": "gnn", "merger": bench.merger, "batches": unlabelled},
-        ),
-        ("average", "none", plain),
-        ("average, aligned", "none", aligned),
-        ("average, aligned + repair", u, {**aligned, "correct": "repair", "batches": unlabelled}),
-        ("average, aligned + refit", u, {**aligned, "correct": "refit", "batches": unlabelled}),
-        ("rank average, aligned", lab, {"method": "rank_average", "batches": labelled}),
-        ("cluster, all", "none", {"method": "cluster", "keep": "all"}),
-        ("cluster, best", lab, {"method": "cluster", "keep": "best", "batches": labelled}),
-    ]
-    for name, data, arguments in table:
-        if arguments["method"] == "cluster" and bench.members < 3:
-            continue  # two members have no clusters to speak of
-        yield partial(bench.timed, name, data, partial(bench.merge, **arguments), control=False)
-    yield partial(
-        bench.timed,
-        f"{MERGER}, then fine-tuned",
-        lab,
-        lambda: controls.fine_tuned(
-            bench.merge(method="gnn", merger=bench.merger), bench.layout, bench.budget
-        )[0],
-        control=False,
-    )
+class Comparison(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        scored: All rows, best first.
+        meta: What ``leaderboard.meta.json`` holds.
+    """
+
+    scored: list[Scored]
+    meta: dict[str, Any]
 
 
-def control_calls(bench: Bench) -> Iterator[Callable[[], list[Scored]]]:
-    """Every control, each a call that scores it."""
-    u, lab = f"unlabelled:{bench.images}", f"labelled:{bench.images}"
-    families, layout, budget = bench.families, bench.layout, bench.budget
-    seeds = [SCRATCH_SEED + f for f in range(bench.count)]
-    best = controls.best_members(families, layout, budget)
-    average = controls.aligned_average(families, layout)
-
-    timed = partial(partial, bench.timed, control=True)
-
-    yield bench.voted
-    yield timed("best member", lab, lambda: controls.best_members(families, layout, budget))
-    yield timed(
-        "distilled from best member",
-        u,
-        lambda: controls.distilled(best, families, layout, budget)[0],
-    )
-    yield timed(
-        "distilled from aligned average",
-        u,
-        lambda: controls.distilled(average, families, layout, budget)[0],
-    )
-    yield timed(
-        "best member, fine-tuned", lab, lambda: controls.fine_tuned(best, layout, budget)[0]
-    )
-    yield timed(
-        "trained from scratch",
-        lab,
-        lambda: controls.from_scratch(bench.network, seeds, layout, budget)[0],
-    )
-    yield timed(
-        "trained on all segments (ceiling)",
-        "segments",
-        lambda: controls.on_union(
-            bench.network,
-            seeds,
-            layout,
-            (bench.split.task.inputs, bench.split.task.targets),
-            bench.union_rows(),
-            epochs=bench.options.epochs,
-            batch_size=bench.options.batch_size,
-            lr=bench.options.lr,
-        ),
-    )
-
-
-def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
+def compare(options: CompareOptions, console: Console) -> Comparison:
     """Score everything, print the table, write the files, log the rows.
 
     Args:
@@ -227,13 +92,61 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
         console: Where to print.
 
     Returns:
-        The rows of ``leaderboard.json``.
+        All rows and what is known of them.
 
     Raises:
-        ConfigError: If merger and zoo do not belong together.
+        ConfigError: If mergers and zoo do not belong together.
     """
-    merger, card = load_merger(options.merger), read_card(options.merger)
-    zoo = _zoo(options, card, console)
+    contestants = read_contestants(options.merger)
+    judged, about = _judged(options, contestants, console)
+    out, task = Path(options.out or "runs/compare"), about["task"]
+    told = {**asdict(options), "judged": [one.identity for one in judged]}
+    with track(
+        f"compare {task['name']}",
+        options=told,
+        experiment=options.experiment,
+        enabled=options.tracking,
+    ) as tracked:
+        scored: list[Scored] = []
+        known = {c.name: _known(c, task["digest"]) for c in contestants}
+        for one in judged:
+            ledger = _ledger(options, out, one)
+            scored += _scored(
+                options, Bench(one, options.seed), contestants, ledger, console, known
+            )
+        scored.sort(key=lambda s: -float(s.accuracies.mean()))
+        names = [contestant.name for contestant in contestants]
+        meta = {**about, "mergers": known, **_protocol(options)}
+        meta["differences"] = differences(scored, names)
+        files = _write(out, scored, meta)
+        for row in (s.row() for s in scored):
+            named = {k: row[k] for k in ("method", "members", "data", "control")}
+            numbers = {k: row[k] for k in row if k not in named}
+            title = f"{row['method']} K={row['members']}, {row['data']}"
+            tracked.child(title, options=named, metrics=numbers)
+        tracked.metrics(_summary(scored, names))
+        for file in files:
+            tracked.artifact(file)
+    print_leaderboard(console, scored, meta, [one.members for one in judged])
+    console.print(f"[bold]compare[/] {', '.join(map(str, files))}")
+    return Comparison(scored, meta)
+
+
+# ----------------------------------------------------------------------------------------------
+# who is judged
+
+
+def _judged(
+    options: CompareOptions, contestants: Sequence[Contestant], console: Console
+) -> tuple[list[Judged], dict[str, Any]]:
+    """Families of every size, and what the meta file says of them."""
+    if options.third_party:
+        pair = third_party_pair(options.third_party, seed=options.seed)
+        task = pair.split.task
+        told = {"name": task.name, "digest": task.digest, "classes": task.classes}
+        about = {"task": told, "zoo": None, "images": _images(pair)}
+        return [pair], {**about, "seeds": _seeds(options, contestants, None)}
+    zoo = open_zoo(options.zoo, contestants, console)
     sizes = tuple(dict.fromkeys(options.members)) or zoo.sizes
     unknown = sorted(set(sizes) - set(zoo.sizes))
     if unknown:
@@ -241,123 +154,139 @@ def compare(options: CompareOptions, console: Console) -> list[dict[str, Any]]:
             f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}."
         )
     split = common_task(zoo)
-    with track(
-        f"compare {zoo.manifest['task']['name']}",
-        options={**asdict(options), "zoo_digest": zoo.digest},
-        experiment=options.experiment,
-        enabled=options.tracking,
-    ) as tracked:
-        benches = [Bench(zoo, split, size, merger, options.seed) for size in sizes]
-        calls = [call for b in benches for call in (*methods(b), *control_calls(b))]
-        scored: list[Scored] = []
-        with _progress(console, len(calls)) as advance:
-            for call in calls:
-                scored += call()
-                advance()
-        gates = {f"k{b.members}": _gates(b) for b in benches}
-        recall = {
-            f"k{b.members}": forgotten_class_recall(*b.judged(), seed=b.seed) for b in benches
-        }
-        scored.sort(key=lambda s: -float(s.accuracies.mean()))
-        rows = [s.row() for s in scored]
-        meta = _meta(options, zoo, split, card, scored, gates, recall)
-        out = Path(options.out)
-        write_leaderboard(out, rows, meta)
-        figure = leaderboard_figure(
-            rows, title=f"{zoo.manifest['task']['name']}: accuracy on test images"
-        )
-        figure.savefig(out / "leaderboard.png", dpi=150)
-        for row in rows:
-            named = {k: row[k] for k in ("method", "members", "data", "control")}
-            numbers = {k: row[k] for k in row if k not in named}
-            tracked.child(f"{row['method']} K={row['members']}", options=named, metrics=numbers)
-        tracked.metrics(_summary(rows))
-        for name in ("leaderboard.json", "leaderboard.meta.json", "leaderboard.png"):
-            tracked.artifact(out / name)
-    print_leaderboard(console, rows, meta, sizes)
-    console.print(
-        f"[bold]compare[/] {out}/leaderboard.json, leaderboard.meta.json, leaderboard.png"
-    )
-    return rows
-
-
-def _zoo(options: CompareOptions, card: dict[str, Any], console: Console) -> Zoo:
-    told = card["zoo"]["options"]
-    if not options.zoo:
-        return build_with_progress(options_from(told), console)
-    zoo = load_zoo(options.zoo)
-    differ = [name for name in HELD_BACK if zoo.options[name] != told[name]]
-    if differ:
-        raise ConfigError(
-            f"zoo: {zoo.folder} differs from the merger's zoo in {', '.join(differ)}, so its test "
-            "images may be among those that the merger was trained on. Build one with the same."
-        )
-    return zoo
-
-
-def _without_residual(merger: GNNMerger) -> GNNMerger:
-    """The same merger with its residual and its input prior at zero."""
-    bare = copy.deepcopy(merger)
-    with torch.no_grad():
-        for name, parameter in bare.named_parameters():
-            if name.startswith(("row_factor.", "prior")):
-                parameter.zero_()
-    return bare
-
-
-def _gates(bench: Bench) -> list[dict[str, Any]]:
-    gates = collapse_gates(*bench.judged(), seed=bench.seed)
-    return [{**asdict(gate), "passed": gate.passed} for gate in gates]
-
-
-def _meta(
-    options: CompareOptions,
-    zoo: Zoo,
-    split: TaskSplit,
-    card: dict[str, Any],
-    scored: Sequence[Scored],
-    gates: dict[str, list[dict[str, Any]]],
-    recall: dict[str, float],
-) -> dict[str, Any]:
-    return {
+    found = [zoo_families(zoo, split, size, most=options.families) for size in sizes]
+    return found, {
         "task": zoo.manifest["task"],
         "zoo": {"folder": str(zoo.folder), "digest": zoo.digest, "options": zoo.options},
-        "images": {
-            part: len(split.rows(part)) for part in ("segments", "objective", "validation", "test")
-        },
-        "seeds": {
-            "zoo": zoo.options["seed"],
-            "merger": card["options"]["seed"],
-            "compare": options.seed,
-        },
-        "merger": {"folder": options.merger, "card": card},
-        "protocol": {
-            "data": "what a method used at merge time; the merger was trained once, before, on the "
-            "labelled objective images, and saw none of the test families",
-            "controls": f"learning rate from {controls.RATES} chosen on validation images, then "
-            "trained on objective and validation images together",
-        },
-        "differences": differences(scored),
-        "gates": gates,
-        "forgotten_class_recall": recall,
+        "images": _images(found[0]),
+        "seeds": _seeds(options, contestants, zoo.options["seed"]),
     }
 
 
-def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The merger's own figures, for the parent run."""
+def _images(judged: Judged) -> dict[str, int]:
+    parts = ("segments", "objective", "validation", "test")
+    return {part: len(judged.split.rows(part)) for part in parts}
+
+
+def _seeds(
+    options: CompareOptions, contestants: Sequence[Contestant], zoo: int | None
+) -> dict[str, Any]:
+    own = {c.name: c.card["options"]["seed"] for c in contestants}
+    return {"zoo": zoo, "merger": own, "compare": options.seed}
+
+
+# ----------------------------------------------------------------------------------------------
+# rows
+
+
+def _scored(
+    options: CompareOptions,
+    bench: Bench,
+    contestants: Sequence[Contestant],
+    ledger: Ledger,
+    console: Console,
+    known: dict[str, dict[str, Any]],
+) -> list[Scored]:
+    """Rows of one number of members, and gates of the mergers into ``known``."""
+    rows = list(_rows(options, bench, contestants))
+    scored: list[Scored] = []
+    judging = contestants if bench.count > 1 else ()  # gates compare families
+    with _progress(console, len(rows) + len(judging)) as advance:
+        for row in rows:
+            advance(f"K={bench.members}: {row.method}, {row.data}")
+            key = f"K={bench.members}; {row.method}; {row.data}; {row.code}"
+            if key not in ledger:
+                ledger.add(key, row.score().record())
+            scored.append(Scored.from_record(ledger.rows[key]))
+        for contestant in judging:
+            advance(f"K={bench.members}: gates of {contestant.name}")
+            code = code_of(gates, by_heart, examination)
+            key = f"K={bench.members}; gates; {contestant.code}; {code}"
+            if key not in ledger:
+                ledger.add(key, examine(bench, contestant))
+            for name, value in ledger.rows[key].items():
+                known[contestant.name][name][f"k{bench.members}"] = value
+    return scored
+
+
+def _rows(
+    options: CompareOptions, bench: Bench, contestants: Sequence[Contestant]
+) -> Iterator[Competitor]:
+    images = [
+        drawn_images(bench.budget, kind, counts, full=options.full, seed=options.seed)
+        for kind, counts in (("unlabelled", options.unlabelled), ("labelled", options.labelled))
+    ]
+    for contestant in contestants:
+        yield from merger_rows(bench, contestant, *images, tuned=options.controls)
+    yield from plain_rows(bench, *images)
+    yield from voting_rows(bench)
+    if options.controls:
+        yield from control_rows(bench, *images)
+
+
+def _known(contestant: Contestant, task: str) -> dict[str, Any]:
     return {
-        f"{MERGER}_accuracy_k{row['members']}": row["accuracy_mean"]
-        for row in rows
-        if row["method"] == MERGER
+        "folder": contestant.folder,
+        "kind": contestant.kind,
+        "foreign": not contestant.knows_task(task),
+        "card": contestant.card,
+        "gates": {},
+        "forgotten_class_recall": {},
+        "nearest_training": {},
+    }
+
+
+def _ledger(options: CompareOptions, out: Path, judged: Judged) -> Ledger:
+    return Ledger(out / "rows.jsonl", {**judged.identity, "seed": options.seed})
+
+
+# ----------------------------------------------------------------------------------------------
+# what is left of it
+
+
+def _protocol(options: CompareOptions) -> dict[str, Any]:
+    return {
+        "options": asdict(options),
+        "protocol": {
+            "data": "what a method was given at merge time, out of the objective and validation "
+            "images; mergers were trained once, before, on the objective images of their own "
+            "zoos; a foreign merger never saw this task",
+            "controls": f"learning rate from {controls.RATES} chosen on a quarter of the images, "
+            "or on the validation images where all are given, then trained on all that are given; "
+            "controls with unlabelled images may use labels for that choice and that of the best "
+            "member, and for nothing else",
+        },
+    }
+
+
+def _write(out: Path, scored: Sequence[Scored], meta: dict[str, Any]) -> list[Path]:
+    rows = [one.row() for one in scored]
+    write_leaderboard(out, rows, meta)
+    labelled = [{**one.row(), "method": one.label} for one in scored]
+    title = f"{meta['task']['name']}: accuracy on test images"
+    leaderboard_figure(labelled, title=title).savefig(out / "leaderboard.png", dpi=150)
+    names = ("leaderboard.json", "leaderboard.meta.json", "leaderboard.png")
+    return [out / name for name in names]
+
+
+def _summary(scored: Sequence[Scored], names: Sequence[str]) -> dict[str, float]:
+    """The mergers' own figures, for the parent run."""
+    return {
+        f"{s.method}_accuracy_k{s.members}": s.row()["accuracy_mean"]
+        for s in scored
+        if s.method in names
     }
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
-        task = bar.add_task("compare", total=total)
-        yield lambda: bar.advance(task)
+def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar; the call that is yielded says what is made next."""
+    columns = (TextColumn("{task.description:.60}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=console.quiet
+    ) as bar:
+        task = bar.add_task("compare", total=total, completed=-1)
+        yield lambda what: bar.update(task, advance=1, description=what)
 
 
 def terminal() -> Console:
@@ -366,10 +295,16 @@ def terminal() -> Console:
     return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
+def _on_command(options: CompareOptions) -> None:
+    if options.suite:
+        run_suite(options, terminal(), compare)
+    else:
+        compare(options, terminal())
+
+
 def main() -> None:
     """Entry point of ``python -m evaluation.compare``."""
-    prog = "python -m evaluation.compare"
-    command(CompareOptions, lambda options: compare(options, terminal()), prog=prog)
+    command(CompareOptions, _on_command, prog="python -m evaluation.compare")
 
 
 if __name__ == "__main__":

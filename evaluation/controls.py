@@ -7,11 +7,11 @@ on all of them. Test images choose nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from evaluation.budgets import Budget, Images
 from evaluation.gates import noise
 from evaluation.metrics import accuracy, family_logits
 from metamerge.alignment import weight_matching
@@ -32,40 +32,6 @@ MANY = 2000  # images from which on controls take larger batches
 SCRATCH_EPOCHS = 60
 TUNE_EPOCHS = 30
 AT_ONCE = 1000  # images that an ensemble is asked about at a time
-
-Images = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The images that controls may use.
-
-    Attributes:
-        objective: Inputs and targets that a merger is trained on.
-        validation: Inputs and targets that it is validated on.
-        frozen: Keys of float tensors that no control trains; see ``zoo.architectures.frozen``.
-    """
-
-    objective: Images
-    validation: Images
-    frozen: tuple[str, ...] = ()
-
-    @property
-    def everything(self) -> Images:
-        """Both parts, objective first."""
-        pairs = zip(self.objective, self.validation, strict=True)
-        inputs, targets = (torch.cat(pair) for pair in pairs)
-        return inputs, targets
-
-    def rows(self, part: str) -> Tensor:
-        """Rows of ``everything`` that belong to ``objective``, ``validation`` or ``everything``."""
-        first, second = len(self.objective[1]), len(self.validation[1])
-        ends = {
-            "objective": (0, first),
-            "validation": (first, first + second),
-            "everything": (0, first + second),
-        }
-        return torch.arange(*ends[part])
 
 
 def best_members(families: Weights, layout: Layout, budget: Budget) -> Weights:
@@ -300,22 +266,14 @@ def on_union(
     ).weights
 
 
-def votes(families: Weights, layout: Layout, inputs: Tensor) -> dict[str, Tensor]:
-    """Classes that the ensembles choose; they run all members, so they merge nothing.
+def soft_vote(logits: Tensor) -> Tensor:
+    """Classes that the mean of the members' probabilities chooses, ``[f, m, b, c] -> [f, b]``."""
+    return logits.softmax(-1).mean(1).argmax(-1)
 
-    Args:
-        families: ``[f, m, ...]``.
-        layout: Weight graph of the architecture.
-        inputs: ``[b, ...]``.
 
-    Returns:
-        ``soft_vote`` and ``majority_vote``, each ``[f, b]``.
-    """
-    logits = family_logits(layout.program, families, inputs)  # [f, m, b, c]
-    return {
-        "soft_vote": logits.softmax(-1).mean(1).argmax(-1),
-        "majority_vote": torch.stack([majority_vote(own) for own in logits]),
-    }
+def majority(logits: Tensor) -> Tensor:
+    """Classes that most of the members choose, ``[f, m, b, c] -> [f, b]``."""
+    return torch.stack([majority_vote(own) for own in logits])
 
 
 def ensembles(

@@ -16,6 +16,9 @@ from metamerge.alignment import weight_matching
 from metamerge.structure import OUTPUTS, Layout
 from metamerge.weights import Weights
 from zoo.training import predict
+from zoo.variants import renamed
+
+TURNS = 3  # members of a family that are poisoned, one at a time
 
 Merge = Callable[[Weights], Weights]
 """Aligned members ``[f, m, ...]`` -> fused weights ``[f, ...]``."""
@@ -43,6 +46,7 @@ def collapse_gates(
     inputs: Tensor,
     targets: Tensor,
     *,
+    labels: Tensor | None = None,
     seed: int = 0,
 ) -> list[Gate]:
     """Run all gates on families that the merger has not seen.
@@ -53,6 +57,8 @@ def collapse_gates(
         layout: Weight graph of their architecture.
         inputs: Images to judge on, ``[b, ...]``; not the test images.
         targets: Their classes, ``[b]``.
+        labels: Class of the task -> class of each family, ``[f, c]``, where families number classes
+            by themselves.
         seed: Seed of noise and permutations.
 
     Returns:
@@ -60,10 +66,12 @@ def collapse_gates(
     """
     generator = torch.Generator().manual_seed(seed)
     judge = _Judge(merge, layout, inputs)
+    targets = targets if labels is None else labels[:, targets]
     fused = judge(families)  # [f, b, c]
     classes = fused.shape[-1]
     chance = 1 / classes
-    relabelled, labels = _relabel(families, layout, classes, generator)
+    names = torch.rand(len(fused), classes, generator=generator).argsort(-1)
+    relabelled = renamed(families, layout, names)  # for all members of a family alike
     other = judge(relabelled)
     permuted = layout.spec.permute(families, _hidden(families, layout, generator))
     order = _cycle(next(iter(families.values())).shape[1], generator)
@@ -71,7 +79,7 @@ def collapse_gates(
     single = {k: t[:, 0] for k, t in families.items()}
     shuffled_copies = layout.spec.permute(copies, _hidden(copies, layout, generator))
     score = _score(fused, accuracy(fused, targets))
-    moved = _score(other, accuracy_relabelled(other, labels, targets))
+    moved = _score(other, accuracy_relabelled(other, names, targets))
     gaussian, shuffled = judge(noise(families, generator)), judge(_shuffled(families, generator))
     return [
         Gate("garbage_gaussian", _score(gaussian, accuracy(gaussian, targets)), chance + 0.05),
@@ -89,6 +97,7 @@ def collapse_gates(
             _relative(judge(shuffled_copies), predict(layout.program, single, inputs)),
             1e-3,
         ),
+        Gate("poisoned_member", _lost_to_poison(judge, families, targets, generator), 0.02),
     ]
 
 
@@ -100,6 +109,7 @@ def forgotten_class_recall(
     inputs: Tensor,
     targets: Tensor,
     *,
+    labels: Tensor | None = None,
     seed: int = 0,
 ) -> float:
     """How much of a class comes back that all members of a family were made to forget.
@@ -115,6 +125,8 @@ def forgotten_class_recall(
         layout: Weight graph of their architecture.
         inputs: Images to judge on, ``[b, ...]``; not the test images.
         targets: Their classes, ``[b]``.
+        labels: Class of the task -> class of each family, ``[f, c]``, where families number classes
+            by themselves.
         seed: Seed of the classes that are forgotten.
 
     Returns:
@@ -125,7 +137,8 @@ def forgotten_class_recall(
     rows = layout.producers(OUTPUTS)[0].weight
     ignorant, lost = _forget(families, layout, families[rows].shape[2], generator)
     recalled = judge(ignorant)
-    return _score(recalled, recall(recalled, lost, targets))
+    asked = targets if labels is None else labels[:, targets]
+    return _score(recalled, recall(recalled, lost, asked))
 
 
 def accuracy_relabelled(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -134,7 +147,7 @@ def accuracy_relabelled(logits: Tensor, labels: Tensor, targets: Tensor) -> Tens
     Args:
         logits: ``[f, b, c]``.
         labels: ``labels[f, i]`` is the class that logit ``i`` stands for, ``[f, c]``.
-        targets: ``[b]``.
+        targets: ``[b]`` or ``[f, b]``.
 
     Returns:
         ``[f]``.
@@ -149,7 +162,7 @@ def recall(logits: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: ``[f, b, c]``.
         classes: The class that each network is asked for, ``[f]``.
-        targets: ``[b]``.
+        targets: ``[b]`` or ``[f, b]``.
 
     Returns:
         ``[f]``.
@@ -231,22 +244,27 @@ def _shuffled(families: Weights, generator: torch.Generator) -> Weights:
     return shuffled
 
 
-def _relabel(
-    families: Weights, layout: Layout, classes: int, generator: torch.Generator
-) -> tuple[Weights, Tensor]:
-    """Rename the classes of each family, for all its members alike."""
+def _lost_to_poison(
+    judge: _Judge, families: Weights, targets: Tensor, generator: torch.Generator
+) -> float:
+    """Accuracy that is lost when a member is noise and not left out; members take turns."""
     count, members = next(iter(families.values())).shape[:2]
-    labels = torch.rand(count, classes, generator=generator).argsort(-1)
-    index = labels[:, None].expand(-1, members, -1)
-    renamed = dict(families)
-    for layer in layout.producers(OUTPUTS):
-        for key in filter(None, (layer.weight, layer.bias)):
-            tensor = families[key]
-            place = index.reshape(count, members, classes, *[1] * (tensor.ndim - 3)).to(
-                tensor.device
-            )
-            renamed[key] = torch.take_along_dim(tensor, place, dim=2)
-    return renamed, labels
+    first, garbage = (
+        torch.randint(members, (count,), generator=generator),
+        noise(families, generator),
+    )
+    own, lost = torch.arange(count)[:, None], []
+    for turn in range(min(members, TURNS)):
+        spoiled = torch.arange(members) == (first[:, None] + turn) % members  # [f, m]
+        kept = (~spoiled).nonzero()[:, 1].reshape(count, members - 1)
+        poisoned = {
+            key: torch.where(spoiled.reshape(count, -1, *[1] * (t.ndim - 2)).to(t.device), d, t)
+            for (key, t), d in zip(families.items(), garbage.values(), strict=True)
+        }
+        without, hurt = judge({k: t[own, kept] for k, t in families.items()}), judge(poisoned)
+        lost.append(_score(without, accuracy(without, targets)))
+        lost[-1] -= _score(hurt, accuracy(hurt, targets))
+    return sum(lost) / len(lost)
 
 
 def _score(logits: Tensor, accuracies: Tensor) -> float:

@@ -11,11 +11,13 @@ from zoo.recipe import options_from
 from zoo.store import Zoo
 from zoo.training import predict
 
-VARIANTS = ("relabel", "classes_per_family", "permute_pixels", "flip_families")
+VARIANTS = ("classes_per_family", "permute_pixels", "flip_families")  # all but relabel
 
 
 def common_task(zoo: Zoo) -> TaskSplit:
-    """The classification that all families of a zoo know alike, cut into its parts.
+    """The classification that all families of a zoo learned, cut into its parts.
+
+    Families may know its classes by numbers of their own (``relabel``): their records hold the map.
 
     Args:
         zoo: The zoo.
@@ -24,7 +26,8 @@ def common_task(zoo: Zoo) -> TaskSplit:
         The split.
 
     Raises:
-        ConfigError: If the zoo is one of regressions, or of families with variants of their own.
+        ConfigError: If the zoo is one of regressions, or of families that see other inputs or know
+            fewer classes than others.
         ZooError: If the task's data are not those that the zoo was built on, or nobody knows them.
     """
     split, options = split_of(zoo), options_from(zoo.options)
@@ -33,8 +36,8 @@ def common_task(zoo: Zoo) -> TaskSplit:
         what = "numbers, not classes" if split.task.regression else f"variants ({', '.join(own)})"
         raise ConfigError(
             f"{zoo.folder}: its members predict {what}. Mergers are trained and compared here on "
-            "one classification that all families share: build a zoo of one. merge() and "
-            "`python -m zoo.show` take this one."
+            "the same images and classes for all families, whatever these call the classes: build "
+            "a zoo of them. merge() and `python -m zoo.show` take this one."
         )
     return split
 
@@ -60,7 +63,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: Logits or probabilities ``[..., b, c]``.
-        targets: ``[b]``.
+        targets: ``[b]``, or ``[f, b]`` for families that number classes by themselves.
 
     Returns:
         ``[...]``.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-MERGER = "gnn"
-RIVALS = ("best member", "average, aligned", "soft-vote ensemble", "distilled from best member")
+RIVALS = (
+    *("soft-vote ensemble", "average, aligned", "best member", "best member, fine-tuned"),
+    *("distilled from best member", "distilled from aligned average", "trained from scratch"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,20 @@ class Scored:
     seconds: float
     parameters: int
     control: bool
+
+    @property
+    def label(self) -> str:
+        """Method and images, which are one row of a table."""
+        return self.method if self.data in ("none", "segments") else f"{self.method}, {self.data}"
+
+    def record(self) -> dict[str, Any]:
+        """What a ledger keeps, accuracies of all families included."""
+        return {**vars(self), "accuracies": self.accuracies.tolist()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Scored":
+        """What ``record`` gave, read again."""
+        return cls(**{**record, "accuracies": torch.tensor(record["accuracies"])})
 
     def row(self) -> dict[str, Any]:
         """The row of ``leaderboard.json``."""
@@ -47,26 +63,35 @@ class Scored:
         }
 
 
-def differences(scored: Sequence[Scored]) -> list[dict[str, Any]]:
-    """The merger against its rivals, paired over families.
+def differences(scored: Sequence[Scored], mergers: Sequence[str]) -> list[dict[str, Any]]:
+    """Mergers against their rivals, paired over families.
+
+    With nothing but weights a merger is held against all of them; with images against those that
+    got none or as many.
 
     Args:
         scored: Everything that was scored.
+        mergers: Names of the mergers.
 
     Returns:
-        One row per number of members and rival: mean difference in accuracy and the half width of
-        its 95 % interval (normal approximation over families).
+        One row per number of members, merger's row and rival: mean difference in accuracy and the
+        half width of its 95 % interval (normal approximation over families).
     """
-    found = {(s.method, s.members): s.accuracies for s in scored}
     rows = []
-    for size in sorted({s.members for s in scored}):
-        for rival in RIVALS:
-            gaps = found[MERGER, size] - found[rival, size]
+    for own in scored:
+        if own.method.partition(", ")[0] not in mergers or own.control:
+            continue
+        for rival in scored:
+            fair = own.data == "none" or rival.data in ("none", own.data)
+            if rival.method not in RIVALS or rival.members != own.members or not fair:
+                continue
+            gaps = own.accuracies - rival.accuracies
             half = 1.96 * float(gaps.std(correction=1)) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
             rows.append(
                 {
-                    "members": size,
-                    "against": rival,
+                    "members": own.members,
+                    "merger": own.label,
+                    "against": rival.label,
                     "difference": float(gaps.mean()),
                     "half_width": half,
                 }
@@ -90,24 +115,20 @@ def write_leaderboard(out: Path, rows: list[dict[str, Any]], meta: dict[str, Any
 
 
 def print_leaderboard(
-    console: Console, rows: list[dict[str, Any]], meta: dict[str, Any], sizes: Sequence[int]
+    console: Console, scored: Sequence[Scored], meta: dict[str, Any], sizes: Sequence[int]
 ) -> None:
     """Print the table, the paired differences and the gates.
 
     Args:
         console: Where to print.
-        rows: Rows of the leaderboard.
+        scored: Everything that was scored.
         meta: What ``leaderboard.meta.json`` holds.
         sizes: Numbers of members, one column each.
     """
-    by_method: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        by_method.setdefault(row["method"], {})[row["members"]] = row
-    largest = max(sizes)
-    order = sorted(
-        by_method, key=lambda m: -by_method[m].get(largest, {"accuracy_mean": 0})["accuracy_mean"]
-    )
-    families = rows[0]["families"]
+    by_label: dict[str, dict[int, Scored]] = {}
+    for one in scored:
+        by_label.setdefault(one.label, {})[one.members] = one
+    largest, families = max(sizes), len(scored[0].accuracies)
     table = Table(
         title=f"{meta['task']['name']}: test accuracy in %, mean ± std over {families} families",
         caption=f"Controls in italics; images: needed at merge time; worst and s: at K={largest}.",
@@ -118,31 +139,50 @@ def print_leaderboard(
         table.add_column(f"K={size}", justify="right", no_wrap=True)
     table.add_column("worst", justify="right", no_wrap=True)
     table.add_column("s", justify="right", no_wrap=True)
-    for method in order:
-        own = by_method[method]
-        one = next(iter(own.values()))
-        style = "italic" if one["control"] else "bold" if method == MERGER else None
-        last = own.get(largest)
-        worst, seconds = (
-            (f"{100 * last['accuracy_worst']:.1f}", f"{last['seconds']:.2f}") if last else ("", "")
-        )
+    order = sorted(by_label.values(), key=lambda own: -_mean(own.get(largest)))
+    for own in order:
+        one, last = next(iter(own.values())), own.get(largest)
+        style = "italic" if one.control else "bold" if one.method in meta["mergers"] else None
+        ends = ("", "")
+        if last:
+            ends = (f"{100 * float(last.accuracies.min()):.1f}", f"{last.seconds:.2f}")
         cells = [_cell(own.get(size)) for size in sizes]
-        table.add_row(method, one["data"], *cells, worst, seconds, style=style)
+        table.add_row(one.method, one.data, *cells, *ends, style=style)
     console.print(table)
     for entry in meta["differences"]:
-        console.print(
-            f"K={entry['members']}: {MERGER} minus {entry['against']}: "
-            f"{100 * entry['difference']:+.1f} ± {100 * entry['half_width']:.1f} points"
-        )
-    failed = [
-        f"{k} {g['name']}" for k, gates in meta["gates"].items() for g in gates if not g["passed"]
-    ]
-    recall = ", ".join(f"{k} {v:.0%}" for k, v in meta["forgotten_class_recall"].items())
-    console.print(f"recall of a class that all members were made to forget: {recall}")
-    console.print(f"[bold]gates[/] {'FAILED: ' + ', '.join(failed) if failed else 'all passed'}")
+        if entry["merger"] in meta["mergers"]:  # the others stand in the meta file
+            console.print(
+                f"K={entry['members']}: {entry['merger']} minus {entry['against']}: "
+                f"{100 * entry['difference']:+.1f} ± {100 * entry['half_width']:.1f} points",
+                emoji=False,  # labelled:100: is none
+            )
+    for name, told in meta["mergers"].items():
+        _print_gates(console, name, told)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
+def _print_gates(console: Console, name: str, told: dict[str, Any]) -> None:
+    """What is known of one merger beside its accuracy."""
+    if told["foreign"]:
+        console.print(f"{name} never saw this task")
+    recall = ", ".join(f"{k} {v:.0%}" for k, v in told["forgotten_class_recall"].items())
+    if recall:
+        console.print(f"{name}: recall of a class that all members were made to forget: {recall}")
+    near = ", ".join(f"{k} {v['nearest']:.2f}" for k, v in told["nearest_training"].items() if v)
+    if near:
+        console.print(f"{name}: smallest relative distance to a network of its zoo: {near}")
+    gates = [(k, gate) for k, own in told["gates"].items() for gate in own]
+    failed = [f"{k} {gate['name']}" for k, gate in gates if not gate["passed"]]
+    outcome = f"FAILED: {', '.join(failed)}" if failed else "all passed"
+    said = outcome if gates else "not run: one family cannot be compared with another"
+    console.print(f"[bold]gates[/] {name}: {said}", highlight=False)
+
+
+def _mean(scored: Scored | None) -> float:
+    return float(scored.accuracies.mean()) if scored else 0.0
+
+
+def _cell(scored: Scored | None) -> str:
+    if scored is None:
         return ""
+    row = scored.row()
     return f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_std']:.1f}"

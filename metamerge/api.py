@@ -124,7 +124,8 @@ def merge(
             what is done to the fused weights on the inputs of ``batches``.
         model: A module of the members' architecture; not needed where a checkpoint carries its
             program, as those of a zoo do, or where a member is a module itself.
-        merger: A trained merger, or its folder, for learned methods.
+        merger: A trained merger, or its folder, for learned methods; None for the one that comes
+            with the package.
         batches: Calibration data: inputs ``[b, ...]``, a pair (inputs, labels), or an iterable of
             these.
         base: The checkpoint that the members were fine-tuned from, for methods that want it.
@@ -192,7 +193,7 @@ def merge(
     data = None if batches is None else collect(batches, labelled=False)
     if data is None:
         check_statistics(named)
-    learned = read_merger(merger) if "merger" in record.resources else None
+    learned = read_merger(merger, method) if "merger" in record.resources else None
     layout = None
     if _needs_network(record, alignments, corrections, data, named):
         given = Given(members, sources, model, data, learned, example_inputs, spec)

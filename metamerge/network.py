@@ -122,14 +122,14 @@ def find_program(given: Given) -> Program:
 
 
 def _traced(model: nn.Module, data: Data | None, merger: Any) -> Program:
-    """Trace on the batches, on a merger's probes, or on zeros where the first layer is linear."""
+    """Trace on the batches, in a shape of a merger's probes, or as the first layer says."""
     first = next(model.parameters(), None)
     if data is not None:
         return trace(model, data[0][:2] if first is None else data[0][:2].to(first))
-    probes = getattr(merger, "probes", None)
-    if first is not None and isinstance(probes, Tensor) and _can_read(first, probes.shape[1:]):
-        with suppress(StructureError):
-            return trace(model, probes[:2].detach().to(first))
+    shapes = getattr(getattr(merger, "config", None), "shapes", ())
+    found = _readable(model, first, shapes) if first is not None else []
+    if len(found) == 1:
+        return found[0]
     if first is None or first.ndim != 2:
         raise ConfigError(
             "example_inputs: the shape of the model's inputs cannot be read from its first layer. "
@@ -137,6 +137,17 @@ def _traced(model: nn.Module, data: Data | None, merger: Any) -> Program:
             "or a mapping from argument names>."
         )
     return trace(model, torch.zeros(2, first.shape[1], device=first.device, dtype=first.dtype))
+
+
+def _readable(model: nn.Module, first: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Program]:
+    """The model traced on inputs of every shape that it can read."""
+    found = []
+    for shape in shapes:
+        if _can_read(first, shape):
+            with suppress(StructureError):
+                example = torch.zeros(2, *shape, device=first.device, dtype=first.dtype)
+                found.append(trace(model, example))
+    return found
 
 
 def _can_read(weight: Tensor, shape: Sequence[int]) -> bool:

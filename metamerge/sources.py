@@ -72,17 +72,23 @@ def read_base(base: Source | None, named: list[tuple[str, Weights]]) -> Weights 
     return pair[1][1]
 
 
-def read_merger(merger: Any) -> Any:
+def read_merger(merger: Any, method: str) -> Any:
     """Read a trained merger.
 
     Args:
-        merger: Its folder; anything else is passed through.
+        merger: Its folder; None for the one of the package, where the method takes it; anything
+            else is passed through.
+        method: The method that it is for.
 
     Returns:
         The merger.
     """
+    if merger is None and method == "gnn":
+        from metamerge.mergers import bundled_merger  # torch_geometric takes a second to import
+
+        return bundled_merger()
     if isinstance(merger, str | os.PathLike):
-        from metamerge.mergers import load_merger  # torch_geometric takes a second to import
+        from metamerge.mergers import load_merger
 
         return load_merger(merger)
     return merger

@@ -1,14 +1,17 @@
-"""A small real zoo, and a merger trained on it, that several rooms are tested on."""
+"""What several rooms are tested on: a small real zoo, a merger trained on it, wired networks."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from evaluation.metrics import family_logits, references
 from metamerge.alignment import weight_matching
 from metamerge.mergers import GNNConfig, GNNMerger, ThresholdObjective, probe_start
-from metamerge.structure import Layout, discover_program, run
+from metamerge.structure import Layout, discover_program, run, trace
 from zoo import architectures
 from zoo.parts import split_task
 from zoo.splits import dirichlet
@@ -70,20 +73,22 @@ def trained_merger(digits_zoo):
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = GNNConfig(input_shape=tuple(inputs.shape[1:]), probes=64, width=16)
-        merger = GNNMerger(config, probe_start(inputs, 64, generator))
+        shape = tuple(inputs.shape[1:])
+        config = GNNConfig(probes=64, shapes=(shape,), width=16)
+        merger = GNNMerger(config, {shape: probe_start(inputs, 64, generator)})
     fast = [merger.strength, merger.log_ridge]
-    named = {id(parameter) for parameter in (*fast, merger.probes)}
+    probes = list(merger.probes.parameters())
+    named = {id(parameter) for parameter in (*fast, *probes)}
     groups = [
         {"params": fast, "lr": 3e-2},
-        {"params": [merger.probes], "lr": 1e-2},
+        {"params": probes, "lr": 1e-2},
         {"params": [p for p in merger.parameters() if id(p) not in named], "lr": 3e-3},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for _ in range(40):
         rows = torch.randperm(TRAINED_ON, generator=generator)[:12]
         images = torch.randperm(len(targets), generator=generator)[:150]
-        fused = merger({key: t[rows] for key, t in members.items()}, layout)
+        fused = merger({key: t[rows] for key, t in members.items()}, layout).weights
         logits = run(layout.program, fused, [inputs[images]], stacked=True)
         loss, _ = objective.loss(logits, targets[images], thresholds[rows])
         optimizer.zero_grad()
@@ -91,3 +96,155 @@ def trained_merger(digits_zoo):
         torch.nn.utils.clip_grad_norm_(merger.parameters(), 1.0)
         optimizer.step()
     return merger.requires_grad_(False).eval()
+
+
+class Vision(nn.Module):
+    """Patches, a class token and places; attention out of layers of its own for q, k and v."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 12, 4, stride=4)
+        self.token = nn.Parameter(torch.zeros(1, 1, 12))
+        self.place = nn.Parameter(torch.zeros(5, 12))
+        self.before, self.behind = nn.LayerNorm(12), nn.LayerNorm(12)
+        self.q, self.k, self.v = (nn.Linear(12, 6) for _ in range(3))
+        self.out, self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 16), nn.Linear(16, 12)
+        self.leave = nn.Linear(12, 5)
+
+    def forward(self, x):  # [b, 1, 8, 8]
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
+        y = self.before(x)
+        q, k, v = (f(y).unflatten(-1, (2, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.behind(x))))
+        return self.leave(x[:, 0])
+
+
+class Encoder(nn.Module):
+    """Tokens and places, and torch's own encoder, which packs q, k and v into one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(11, 8), nn.Parameter(torch.zeros(6, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.leave = nn.Linear(8, 5)
+
+    def forward(self, x):  # [b, 6]
+        return self.leave(self.encoder(self.embed(x) + self.place).mean(1))
+
+
+class Dense(nn.Module):
+    """Every convolution reads all maps before it, one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.norm, self.two = nn.BatchNorm2d(9), nn.Conv2d(9, 6, 3, padding=1, bias=False)
+        self.leave = nn.Linear(15 * 4, 5)
+
+    def forward(self, x):  # [b, 1, 8, 8]
+        x = F.relu(self.stem(x))
+        x = torch.cat([x, F.gelu(self.one(x))], 1)
+        x = torch.cat([x, F.gelu(self.two(F.gelu(self.norm(x))))], 1)
+        return self.leave(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+class Hourglass(nn.Module):
+    """Down, up again, and the maps from before beside those that come back."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.down = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 6, 3, 2, padding=1)
+        self.up, self.join = nn.ConvTranspose2d(6, 5, 2, stride=2), nn.Conv2d(10, 7, 3, padding=1)
+        self.leave = nn.Conv2d(7, 3, 1)
+
+    def forward(self, x):  # [b, 1, 8, 8]
+        first = F.gelu(self.enter(x))
+        back = F.gelu(self.up(F.gelu(self.down(first))))
+        return self.leave(F.gelu(self.join(torch.cat([first, back, x], 1))))
+
+
+class Blocks(nn.Module):
+    """A convolution in groups of several channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inner = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3, groups=2)
+        self.leave = nn.Linear(8, 5)
+
+    def forward(self, x):  # [b, 1, 8, 8]
+        return self.leave(F.gelu(self.inner(F.gelu(self.enter(x)))).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, whose cells no layer owns, between two that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.cells = nn.Linear(8, 6), nn.GRU(6, 7, batch_first=True)
+        self.leave = nn.Linear(7, 5)
+
+    def forward(self, x):  # [b, 1, 8, 8]
+        return self.leave(self.cells(F.gelu(self.enter(x[:, 0])))[0][:, -1])
+
+
+class Tied(nn.Module):
+    """Tokens whose embedding is the output layer as well, and a layer that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(11, 8), nn.Linear(8, 8)
+        self.leave = nn.Linear(8, 11, bias=False)
+        self.leave.weight = self.embed.weight
+
+    def forward(self, x):  # [b, 6]
+        x = self.embed(x)
+        x = x + F.gelu(self.inner(x))
+        return self.leave(x + F.gelu(self.inner(x)))[:, -1]
+
+
+WIRED = {
+    "vision": Vision,
+    "encoder": Encoder,
+    "dense": Dense,
+    "hourglass": Hourglass,
+    "blocks": Blocks,
+    "recurrent": Recurrent,
+    "tied": Tied,
+}
+
+
+@cache
+def make_wired(name):
+    """A network with random members ``[2, 3, ...]``, all tensors far from zero, and inputs."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(40, 1, 8, 8, generator=generator)
+    if name in ("encoder", "tied"):
+        inputs = torch.randint(11, (40, 6), generator=generator)
+    model = WIRED[name]().eval()
+    program = trace(model, inputs[:2])
+    members = {}
+    for key, tensor in model.state_dict().items():
+        shape = (2, 3, *tensor.shape)
+        noise = torch.randn(shape, generator=generator)
+        noise = noise / max(1, tensor[0].numel()) ** 0.5 if tensor.ndim > 1 else noise / 2
+        noise = noise.abs() + 0.5 if key.endswith("running_var") else noise
+        members[key] = noise if tensor.is_floating_point() else tensor.expand(shape).clone()
+    for alias, key in program.tied.items():
+        members[alias] = members[key].clone()
+    layout = Layout(program, discover_program(program))
+    return SimpleNamespace(name=name, layout=layout, members=members, inputs=inputs)
+
+
+@pytest.fixture(scope="session")
+def wired_network():
+    """Makes one of the wired networks by its name."""
+    return make_wired
+
+
+@pytest.fixture(scope="session", params=WIRED)
+def wired(request):
+    """Every wired network in turn."""
+    return make_wired(request.param)

@@ -30,7 +30,7 @@ from metamerge.errors import (
     Unreadable,
     Unsafe,
 )
-from metamerge.mergers.files import save_merger
+from metamerge.mergers.files import bundled_merger, save_merger
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
 from metamerge.registry import merge_method
 from metamerge.structure import (
@@ -134,7 +134,7 @@ def learned():
     """A merger none of whose heads is zero."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
-        made = GNNMerger(GNNConfig(input_shape=(6,), probes=32, width=8), torch.randn(32, 6))
+        made = GNNMerger(GNNConfig(shapes=((6,),), probes=32, width=8))
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
         made.strength.fill_(0.8)
@@ -611,7 +611,7 @@ def test_the_default_method_takes_a_merger_or_its_folder(zoo, merger, learned):
 
 
 def test_images_are_traced_in_the_shape_of_the_mergers_probes():
-    config = GNNConfig(input_shape=(1, 2, 3), probes=16, width=8, prior=0)
+    config = GNNConfig(shapes=((1, 2, 3),), probes=16, width=8, prior=0)
     nets = [network(0), network(1)]  # Flatten, then 6 inputs
     merged = merge(nets, merger=GNNMerger(config))
     assert merged.program.input_shape()[1:] == (1, 2, 3)
@@ -623,7 +623,7 @@ def test_a_convolution_needs_no_batches_beside_a_merger():
             nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
         )
 
-    config = GNNConfig(input_shape=(1, 5, 5), probes=16, width=8)
+    config = GNNConfig(shapes=((1, 5, 5),), probes=16, width=8)
     nets = [convolution(), convolution()]
     merge(nets, merger=GNNMerger(config)).to_module(nets[0])
     with refused(ConfigError, "batches", "shape"):
@@ -800,9 +800,9 @@ def test_a_merger_folder_that_is_not_there_is_refused(zoo):
         merge(zoo.address("test", 2, 0), merger="runs/nothing")
 
 
-def test_the_learned_method_without_a_merger_is_refused(zoo):
-    with refused(ConfigError, "gnn needs 'merger'", "accelerate launch trainers/merger.py"):
-        merge(zoo.address("test", 2, 0))
+def test_the_learned_method_without_a_merger_takes_the_one_of_the_package(zoo):
+    family = zoo.address("test", 2, 0)
+    assert_same(merge(family).weights, merge(family, merger=bundled_merger()).weights)
 
 
 def test_a_checkpoint_is_no_merger(zoo, tmp_path):
@@ -811,10 +811,21 @@ def test_a_checkpoint_is_no_merger(zoo, tmp_path):
         merge(zoo.address("test", 2, 0), merger=folder)
 
 
-def test_a_merger_for_inputs_of_another_shape_is_refused(zoo):
-    other = GNNMerger(GNNConfig(input_shape=(1, 4, 4), probes=8, width=8))
-    with refused(IncompatibleWeights, "(6,)", "(1, 4, 4)", "train a merger"):
-        merge(zoo.address("test", 2, 0), merger=other)
+def test_a_merger_without_probes_of_the_inputs_shape_imagines_some(zoo):
+    other = GNNMerger(GNNConfig(shapes=((1, 4, 4),), probes=8, width=8))
+    merged = merge(zoo.address("test", 2, 0), merger=other)
+    assert all(tensor.isfinite().all() for tensor in merged.weights.values())
+
+
+def test_networks_that_can_read_several_of_a_mergers_shapes_need_to_be_told():
+    config = GNNConfig(shapes=((1, 5, 5), (1, 9, 9)), probes=16, width=8)
+    nets = [
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        for _ in range(2)
+    ]
+    with refused(ConfigError, "example_inputs", "batches"):
+        merge(nets, merger=GNNMerger(config))
+    merge(nets, merger=GNNMerger(config), example_inputs=torch.zeros(2, 1, 9, 9))
 
 
 # ------------------------------------------------------------------------------- properties

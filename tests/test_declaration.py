@@ -41,7 +41,7 @@ def test_bind_passes_resources_that_are_optional_where_they_are_there():
     [
         ("rank_average", {"layout": 1}, "rank_average needs 'batches': pass batches="),
         ("rank_average", {"batches": 1, "layout": None}, "needs 'layout': pass model="),
-        ("gnn", {"layout": 1}, "accelerate launch trainers/merger.py` and pass merger=<folder>"),
+        ("autoencoder", {"layout": 1}, "trainers/merger.py` and pass merger=<folder>"),
     ],
 )
 def test_a_missing_resource_is_named_with_the_way_to_give_it(method, resources, told):

@@ -54,7 +54,8 @@ def test_records_of_two_methods_of_the_package():
     assert method.required == frozenset()
     defaults = {"clusters": 2, "keep": "all", "algorithm": "ward", "by": "weights"}
     assert dict(method.options) == defaults
-    assert get_method("gnn").required == {"layout", "merger"}
+    assert get_method("autoencoder").required == {"layout", "merger"}
+    assert get_method("gnn").required == {"layout"}  # a merger comes with the package
 
 
 def test_members_are_aligned_by_weights_unless_the_method_says_otherwise():

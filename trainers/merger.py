@@ -1,64 +1,77 @@
 """Train a merger: `accelerate launch trainers/merger.py`, read from top to bottom.
 
-A zoo of checkpoint families is opened (or built), its members are aligned once, and a graph-network
-merger learns to emit fused weights that score above each family's threshold on objective images. No
-member has seen those images, no training sees a test image, and validation families share neither
-segments nor inits with training families.
+Zoos of checkpoint families are opened (or one is built), their members are aligned once, and a
+merger learns to emit fused weights that score above each family's threshold on objective images.
+No member has seen those images, no training sees a test image, and validation families share
+neither segments nor inits with training families.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from evaluation.gates import collapse_gates
-from evaluation.metrics import accuracy, common_task
+from evaluation.metrics import common_task
 from evaluation.tracking import track
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import (
+    AutoencoderConfig,
+    AutoencoderMerger,
     GNNConfig,
     GNNMerger,
+    Merger,
     ThresholdObjective,
+    consensus,
     probe_start,
-    save_merger,
-    wilson_lower_bound,
 )
-from metamerge.structure import Layout, run
-from trainers.families import Families, load_families
-from trainers.resume import load_state, optimizer_tensors, restore_optimizer, save_state
+from metamerge.structure import run
+from trainers.drawing import Batch, Drawing, draw
+from trainers.families import Data, Families, read_data
+from trainers.finishing import finish
+from trainers.outcome import Outcome, restore, snapshot
+from trainers.pretraining import pretrain
+from trainers.resume import load_state, save_state
+from trainers.validating import Goal, validate
 from zoo.build import build_with_progress
 from zoo.options import parse
 from zoo.parts import TaskSplit
 from zoo.recipe import ZooOptions
 from zoo.store import Zoo, load_zoo
 
+KINDS = ("gnn", "autoencoder")
 PLACES = ("out", "tracking", "experiment", "save_every")  # options that do not shape the result
 
 
 @dataclass(frozen=True)
 class MergerOptions:
-    """Train a graph-network merger on a zoo."""
+    """Train a merger on zoos."""
 
-    zoo: str | None = None  # folder of a zoo; the default digits zoo is built if not given
+    zoo: tuple[str, ...] = ()  # folders of zoos; the default digits zoo is built if none is given
     out: str = "runs/merger"  # folder of the trained merger; its training state lies beside it
-    probes: int = 256  # learned probe inputs that layers are refitted on
+    kind: str = "gnn"  # gnn or autoencoder
+    pretrain: int = 0  # autoencoder: steps of reconstructing single members beforehand
+    skip: bool = True  # autoencoder: decode relative to the mixture; without, the bottleneck alone
+    probes: int = 256  # learned probe inputs of each shape that members are watched on
     width: int = 32  # size of the states of the weight graph's nodes
     rounds: int = 2  # rounds of messages
     rank: int = 4  # rank of the residual; 0 switches it off
     prior: int = 5  # side of the smoothing prior on first-layer rows; 0 switches it off
     gate: bool = True  # competence gate: which member knows which class
+    labels: bool = True  # whether the objective knows classes; if not, it imitates the soft vote
+    consensus: float = 1.0  # weight of the loss of what the gate makes of the members' answers
     reference: str = "ensemble"  # the threshold is relative to: ensemble, best_member or absolute
     margin: float = 0.0  # accuracy above the reference (or the absolute threshold itself)
     headroom: float = 0.05  # accuracy beyond its threshold at which a family has faded half
@@ -67,8 +80,12 @@ class MergerOptions:
     steps: int = 300  # steps at most
     families: int = 16  # families per step, over all processes
     images: int = 512  # objective images per step, at most
-    noise: float = 0.2  # standard deviation of noise on objective images
+    noise: float = 0.5  # noise on objective images, in standard deviations of the inputs
+    drop: float = 0.2  # share of steps in which some members are left out
+    garbage: float = 0.1  # share of steps in which one member is noise
+    calibrated: float = 0.2  # share of steps on objective images in place of probes
     lr: float = 3e-3  # learning rate of AdamW at the start; falls to zero over the steps
+    average: float = 0.95  # decay of the running average of parameters; 0 switches it off
     seed: int = 0  # seed of init and batches
     eval_every: int = 25  # steps between two looks at the validation families
     save_every: int = 50  # steps between two saved training states
@@ -82,11 +99,18 @@ class MergerOptions:
             ConfigError: Naming the option.
         """
         self.objective()
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind: expected one of {KINDS}, got {self.kind!r}.")
+        if self.pretrain and self.kind != "autoencoder":
+            raise ConfigError("pretrain: only --kind autoencoder reconstructs its members.")
         for name in ("probes", "width", "steps", "families", "images", "lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if self.prior and self.prior % 2 == 0:
             raise ConfigError(f"prior: expected 0 or an odd number, got {self.prior}.")
+        for name in ("drop", "garbage", "calibrated", "average"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}.")
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}.")
@@ -95,27 +119,52 @@ class MergerOptions:
         """The objective that these options name."""
         return ThresholdObjective(self.reference, self.margin, self.softness, self.headroom)
 
+    def goal(self) -> Goal:
+        """What validation families are judged by."""
+        return Goal(self.objective(), self.labels, self.families)
+
+    def drawing(self) -> Drawing:
+        """How steps are drawn."""
+        shares = (self.drop, self.garbage, self.calibrated)
+        return Drawing(self.families, self.images, self.noise, *shares, self.labels)
+
 
 # ----------------------------------------------------------------------------------------------
 # data
 
 
-def make_merger(options: MergerOptions, layout: Layout, images: Tensor) -> GNNMerger:
-    """A fresh merger whose probes start at objective images."""
-    shape = tuple(s for s in layout.program.input_shape() if s is not None)
-    prior = options.prior if any(x.reads_inputs and x.linear for x in layout.layers) else 0
-    config = GNNConfig(
-        input_shape=shape,
-        probes=options.probes,
-        width=options.width,
-        rounds=options.rounds,
-        rank=options.rank,
-        prior=prior,
-        gate=options.gate,
-    )
-    torch.manual_seed(options.seed)
+def open_zoos(options: MergerOptions, console: Console) -> list[tuple[Zoo, TaskSplit]]:
+    """Zoos and the splits of their tasks."""
+    if options.zoo:
+        zoos = [load_zoo(folder) for folder in options.zoo]
+    else:
+        zoos = [build_with_progress(ZooOptions(), console, PartialState())]
+    return [(zoo, common_task(zoo)) for zoo in zoos]
+
+
+def make_merger(options: MergerOptions, groups: Sequence[Families]) -> Merger:
+    """A fresh merger whose probes start at objective images, a bank for each shape of input."""
     generator = torch.Generator().manual_seed(options.seed)
-    return GNNMerger(config, probe_start(images.cpu(), options.probes, generator))
+    images: dict[tuple[int, ...], list[Tensor]] = {}
+    for group in groups:
+        images.setdefault(tuple(group.images[0].shape[1:]), []).append(group.images[0].cpu())
+    starts = {
+        shape: probe_start(torch.cat(own), options.probes, generator)
+        for shape, own in images.items()
+    }
+    torch.manual_seed(options.seed)
+    shared = {
+        "probes": options.probes,
+        "shapes": tuple(starts),
+        "width": options.width,
+        "rounds": options.rounds,
+        "gate": options.gate,
+    }
+    if options.kind == "autoencoder":
+        return AutoencoderMerger(AutoencoderConfig(**shared, skip=options.skip), starts)
+    flat = any(x.reads_inputs and x.linear for group in groups for x in group.layout.layers)
+    prior = options.prior if flat else 0
+    return GNNMerger(GNNConfig(**shared, rank=options.rank, prior=prior), starts)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -123,64 +172,21 @@ def make_merger(options: MergerOptions, layout: Layout, images: Tensor) -> GNNMe
 
 
 def train_step(
-    merger: nn.Module,
-    layout: Layout,
-    families: Families,
-    images: tuple[Tensor, Tensor],
-    objective: ThresholdObjective,
-) -> tuple[Tensor, Tensor]:
+    merger: torch.nn.Module, batch: Batch, objective: ThresholdObjective, share: float
+) -> Tensor:
     """Merge, run the fused networks on objective images, compare with the thresholds."""
-    fused = merger(families.weights, layout)  # [f, ...]
-    logits = run(layout.program, fused, [images[0]], stacked=True)  # [f, b, c]
-    return objective.loss(logits, images[1], families.thresholds)
-
-
-def draw(
-    step: int, options: MergerOptions, count: int, images: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Any]:
-    """Families and images of a step, by seed and step alone: a resumed run repeats them."""
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-    rows = torch.randperm(count, generator=generator)[: options.families]
-    inputs, targets = images
-    chosen = torch.randperm(len(targets), generator=generator)[: options.images].to(targets.device)
-    noise = torch.randn(len(chosen), *inputs.shape[1:], generator=generator).to(inputs.device)
-    return rows, ((inputs[chosen] + options.noise * noise).clamp(0, 1), targets[chosen])
-
-
-@torch.no_grad()
-def validate(
-    merger: nn.Module,
-    layout: Layout,
-    families: dict[int, Families],
-    images: tuple[Tensor, Tensor],
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Accuracy of merged validation families, which the processes share out among them."""
-    inputs, targets = images
-    scores, above, worst = {}, [], []
-    for members, group in families.items():
-        own = torch.arange(accelerator.process_index, len(group), accelerator.num_processes)
-        found = torch.zeros(len(group), device=inputs.device)
-        if len(own):
-            fused = merger(group.pick(own.to(inputs.device)).weights, layout)
-            found[own] = accuracy(run(layout.program, fused, [inputs], stacked=True), targets)
-        found = accelerator.reduce(found, "sum")
-        scores[f"validation_accuracy_k{members}"] = float(found.mean())
-        above.append(found >= group.thresholds)
-        worst.append(found)
-    passed = torch.cat(above)
-    everyone = torch.cat(worst)
-    scores["validation_accuracy"] = float(everyone.mean())
-    scores["validation_worst_decile"] = float(everyone.quantile(0.1))
-    scores["share_above_threshold"] = float(passed.float().mean())
-    scores["wilson_lower_bound"] = wilson_lower_bound(int(passed.sum()), len(passed))
-    return scores
+    fused, trust = merger(batch.members, batch.layout, batch.watched)
+    logits = run(batch.layout.program, fused, [batch.inputs], stacked=True)  # [f, b, c]
+    loss, _ = objective.loss(logits, batch.targets, batch.thresholds)
+    said = consensus(trust, batch.answers)  # trains the gate without the detour of a network
+    return loss + share * objective.loss(said, batch.targets, batch.thresholds)[0]
 
 
 def main() -> None:
     """Entry point of ``accelerate launch trainers/merger.py``."""
     options = parse(MergerOptions, prog="accelerate launch trainers/merger.py")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # banks of other shapes
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise SystemExit(
@@ -200,53 +206,50 @@ def main() -> None:
 def train(options: MergerOptions, accelerator: Accelerator) -> None:
     """The whole training: data, merger, loop, gates, files."""
     console = Console(quiet=not accelerator.is_main_process)
-    if options.zoo:
-        zoo = load_zoo(options.zoo)
-    else:
-        zoo = build_with_progress(ZooOptions(), console, PartialState())  # all processes take part
-    split, layout = common_task(zoo), zoo.layout
-    objective = options.objective()
-    with split.training():
-        images = on(accelerator, split.images("objective"))
-        held_back = on(accelerator, split.images("validation"))
-        training = load_families(zoo, "train", images, objective)
-        validation = load_families(zoo, "validation", held_back, objective)
-        merger = make_merger(options, layout, images[0])
-        outcome = fit(
-            options, accelerator, console, zoo, merger, (training, validation), (images, held_back)
-        )
+    zoos = open_zoos(options, console)
+    with ExitStack() as guards:
+        for _, split in zoos:
+            guards.enter_context(split.training())
+        data = read_data(zoos, accelerator.device)
+        merger = make_merger(options, data.training)
+        outcome = fit(options, accelerator, console, data, merger)
         if accelerator.is_main_process:
-            finish(options, console, zoo, outcome, split)
+            finish(asdict(options), options.goal(), console, data, outcome)
 
 
 def fit(
     options: MergerOptions,
     accelerator: Accelerator,
     console: Console,
-    zoo: Zoo,
-    merger: GNNMerger,
-    families: tuple[dict[int, Families], dict[int, Families]],
-    images: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> "Outcome":
+    data: Data,
+    merger: Merger,
+) -> Outcome:
     """The loop: until the Wilson bound reaches the target, or the steps are used up."""
-    (training, validation), layout = families, zoo.layout
-    world, objective = accelerator.num_processes, options.objective()
-    fewest = min(options.families, *(len(group) for group in training.values()))
+    world, objective, drawing = (
+        accelerator.num_processes,
+        options.objective(),
+        options.drawing(),
+    )
+    fewest = min(options.families, *(len(group) for group in data.training))
     if fewest < world:
         raise ConfigError(
             f"families: a step has {fewest}, one for each of {world} processes is needed."
         )
-    states, mark = Path(f"{options.out}.state"), fingerprint(options, zoo)
+    states, mark = Path(f"{options.out}.state"), fingerprint(options, data.digests)
     optimizer = torch.optim.AdamW(parameter_groups(merger, options.lr), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    start, best = restore(merger, optimizer, load_state(states, mark))
+    if options.pretrain:
+        pretrain(merger, data.training, options.pretrain, options.families, options.seed)
+    averaged = AveragedModel(merger, multi_avg_fn=get_ema_multi_avg_fn(options.average))
+    start, best = restore(merger, averaged, optimizer, load_state(states, mark))
     if start:
         console.print(f"[bold]merger[/] resumed at step {start} of {options.steps}")
+    merger, averaged = merger.to(accelerator.device), averaged.to(accelerator.device)
     model, optimizer = accelerator.prepare(merger, optimizer)
     clock = time.perf_counter() - best.seconds
     tracking = track(
         f"train {options.out}",
-        options={**asdict(options), "zoo_digest": zoo.digest, "processes": world},
+        options={**asdict(options), "zoo_digests": data.digests, "processes": world},
         experiment=options.experiment,
         resume=best.run,
         enabled=options.tracking and accelerator.is_main_process,
@@ -256,158 +259,49 @@ def fit(
         for step in range(start, options.steps):
             if best.stopped:
                 break
-            size = zoo.sizes[step % len(zoo.sizes)]
-            rows, batch = draw(step, options, len(training[size]), images[0])
-            own = rows[accelerator.process_index :: world]
+            share = (accelerator.process_index, world)
+            batch = draw(step, options.seed, data.training, drawing, objective, share)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / options.steps)
-            loss, _ = train_step(model, layout, training[size].pick(own), batch, objective)
+            loss = train_step(model, batch, objective, options.consensus)
             optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(merger.parameters(), 1.0)
             optimizer.step()
+            averaged.update_parameters(merger)
             done = step + 1
             if done % options.eval_every == 0 or done == options.steps:
-                scores = validate(merger, layout, validation, images[1], accelerator)
-                best.consider(merger, scores, done, options.target)
+                scores = validate(averaged.module, data.validation, options.goal(), accelerator)
+                best.consider(averaged.module, scores, done, options.target)
                 tracked.metrics({"loss": float(loss.detach()), **scores}, step=done)
                 advance(done, scores)
             best.seconds = time.perf_counter() - clock
             due = done % options.save_every == 0 or done == options.steps or best.stopped
             if due and accelerator.is_main_process:
-                save_state(states, done, *snapshot(merger, optimizer, best, mark))
+                save_state(states, done, *snapshot(merger, averaged, optimizer, best, mark))
     return best
-
-
-class Outcome:
-    """The best merger so far by validation accuracy, and whether the target was reached."""
-
-    def __init__(
-        self, merger: GNNMerger, scores: dict[str, float], step: int, stopped: bool
-    ) -> None:
-        self.merger, self.scores, self.step, self.stopped = merger, scores, step, stopped
-        self.weights = {k: v.detach().cpu().clone() for k, v in merger.state_dict().items()}
-        self.seconds: float = 0.0
-        self.run: str | None = None
-
-    def consider(
-        self, merger: GNNMerger, scores: dict[str, float], step: int, target: float
-    ) -> None:
-        """Keep the merger if it is the best yet; note when the target is reached."""
-        if scores["validation_accuracy"] > self.scores.get("validation_accuracy", -1.0):
-            self.scores, self.step = scores, step
-            self.weights = {k: v.detach().cpu().clone() for k, v in merger.state_dict().items()}
-        if scores["wilson_lower_bound"] >= target:
-            self.stopped = True
-
-
-def snapshot(
-    merger: GNNMerger, optimizer: Any, best: Outcome, mark: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that a resumed run needs."""
-    tensors = {
-        **{f"merger.{k}": v for k, v in merger.state_dict().items()},
-        **{f"best.{k}": v for k, v in best.weights.items()},
-        **optimizer_tensors(getattr(optimizer, "optimizer", optimizer), merger),
-    }
-    record = {
-        "fingerprint": mark,
-        "best_scores": best.scores,
-        "best_step": best.step,
-        "stopped": best.stopped,
-        "seconds": best.seconds,
-        "run": best.run,
-    }
-    return tensors, record
-
-
-def restore(merger: GNNMerger, optimizer: torch.optim.Optimizer, state: Any) -> tuple[int, Outcome]:
-    """Put back what ``snapshot`` took, if there is anything; the step to go on from."""
-    if state is None:
-        return 0, Outcome(merger, {}, 0, False)
-    tensors, record = state
-    merger.load_state_dict(part_of(tensors, "merger."))
-    restore_optimizer(optimizer, merger, tensors)
-    best = Outcome(merger, record["best_scores"], record["best_step"], record["stopped"])
-    best.weights = part_of(tensors, "best.")
-    best.seconds, best.run = record["seconds"], record["run"]
-    return record["step"], best
-
-
-def finish(
-    options: MergerOptions, console: Console, zoo: Zoo, best: Outcome, split: TaskSplit
-) -> None:
-    """Gates, card and files of the best merger."""
-    merger = best.merger.cpu()
-    merger.load_state_dict(best.weights)
-    merger.eval()
-    gates = {
-        f"k{size}": collapse_gates(
-            lambda members: merger(members, zoo.layout),
-            zoo.families("validation", size),
-            zoo.layout,
-            *split.images("validation"),
-        )
-        for size in zoo.sizes
-    }
-    card = {
-        "options": asdict(options),
-        "zoo": {"digest": zoo.digest, "options": zoo.options, "task": zoo.manifest["task"]},
-        "validation": best.scores,
-        "step": best.step,
-        "stopped_at_target": best.stopped,
-        "seconds": round(best.seconds, 1),
-        "run": best.run,
-        "gates": {
-            k: [{**asdict(g), "passed": g.passed} for g in found] for k, found in gates.items()
-        },
-    }
-    folder = save_merger(merger, options.out, card)
-    failed = [
-        f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}"
-        for k, f in gates.items()
-        for g in f
-        if not g.passed
-    ]
-    share = best.scores["share_above_threshold"]
-    console.print(
-        f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
-        f"{share:.0%} of families above threshold, {best.seconds:.0f} s"
-    )
-    if failed:
-        raise MetaMergeError(f"{folder} fails the collapse gates: {'; '.join(failed)}.")
-    console.print(f"[bold]gates[/] all {sum(map(len, gates.values()))} passed")
 
 
 # ----------------------------------------------------------------------------------------------
 # small parts
 
 
-def on(accelerator: Accelerator, images: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets on this process's device."""
-    return images[0].to(accelerator.device), images[1].to(accelerator.device)
-
-
-def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Tensors under a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def parameter_groups(merger: GNNMerger, lr: float) -> list[dict[str, Any]]:
+def parameter_groups(merger: Merger, lr: float) -> list[dict[str, Any]]:
     """Single numbers (refit strength, ridge) learn fastest, then pixels of probes, then heads."""
-    fast = [merger.strength, merger.log_ridge]
-    named = {id(p) for p in (*fast, merger.probes)}
+    fast = [p for name, p in merger.named_parameters() if name in ("strength", "log_ridge")]
+    probes = list(merger.probes.parameters())
+    named = {id(p) for p in (*fast, *probes)}
     return [
-        {"params": fast, "lr": 10 * lr},
-        {"params": [merger.probes], "lr": 3 * lr},
+        *([{"params": fast, "lr": 10 * lr}] if fast else []),
+        {"params": probes, "lr": 3 * lr},
         {"params": [p for p in merger.parameters() if id(p) not in named], "lr": lr},
     ]
 
 
-def fingerprint(options: MergerOptions, zoo: Zoo) -> str:
+def fingerprint(options: MergerOptions, digests: Sequence[str]) -> str:
     """Hash of what shapes the result."""
     shaping = {k: v for k, v in asdict(options).items() if k not in (*PLACES, "zoo")}
-    return sha256(json.dumps([shaping, zoo.digest], sort_keys=True).encode()).hexdigest()[:16]
+    return sha256(json.dumps([shaping, list(digests)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -65,6 +65,30 @@ def cnn(
     )
 
 
+def convnet(
+    shape: Sequence[int], outputs: int, *, widths: Sequence[int] = (16, 32, 32)
+) -> nn.Sequential:
+    """Convolutions 3x3 with ReLU and max-pooling, then logits of all places of the last maps.
+
+    It knows where things are, which ``cnn`` forgets in its global mean, and learns many times
+    faster.
+
+    Args:
+        shape: Shape of one input, ``(channels, height, width)``.
+        outputs: Number of logits.
+        widths: Channels per convolution; each halves height and width.
+
+    Returns:
+        The network with PyTorch's default init.
+    """
+    layers: list[nn.Module] = []
+    channels, height, width = shape
+    for made in widths:
+        layers += [nn.Conv2d(channels, made, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        channels, height, width = made, height // 2, width // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, outputs))
+
+
 def convolution(
     channels: int, width: int, norm: Callable[[int], nn.Module], *, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
@@ -147,7 +171,12 @@ def resnet20(
     )
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet20": resnet20}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "convnet": convnet,
+    "resnet20": resnet20,
+}
 
 
 def factory_of(name: str) -> Callable[..., nn.Module]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metamerge.errors import IncompatibleWeights
+from metamerge.structure import OUTPUTS, Layout
 from metamerge.weights import Weights
 from zoo.parts import TaskSplit
 
@@ -146,3 +148,41 @@ def draw_places(
         places = places.flip(-1)
     places = places.flatten()
     return places[torch.randperm(len(places), generator=generator)] if permute else places
+
+
+def renamed(weights: Weights, layout: Layout, classes: Tensor) -> Weights:
+    """Networks whose output ``i`` is their former output ``classes[i]``; exact, rows only move.
+
+    ``Variants.classes`` brings families from numbers of their own to those of the task, and
+    ``Variants.classes.argsort(-1)`` brings them back.
+
+    Args:
+        weights: Networks ``[f, ...]``, or members ``[f, m, ...]``; they are not changed.
+        layout: Their architecture.
+        classes: A permutation of the outputs for each family, int64 ``[f, c]``.
+
+    Returns:
+        Weights of the same shapes.
+
+    Raises:
+        IncompatibleWeights: If it is not a permutation of their outputs.
+    """
+    moved, numbers = dict(weights), torch.arange(classes.shape[-1], device=classes.device)
+    if not (classes.sort(-1).values == numbers).all():
+        raise IncompatibleWeights(
+            f"renamed: expected permutations of 0 to {len(numbers) - 1}, got {classes.tolist()}. "
+            "Families that do not know all classes cannot be given the task's numbers."
+        )
+    for layer in layout.producers(OUTPUTS):
+        for key in filter(None, (layer.weight, layer.bias)):
+            tensor = weights[key]
+            lead = tensor.ndim - len(layout.spec.axes[key])  # 1, or 2 of members
+            if tensor.shape[lead] != len(numbers):
+                raise IncompatibleWeights(
+                    f"renamed: {key!r} has {tensor.shape[lead]} rows, expected {len(numbers)}, one "
+                    "per class."
+                )
+            behind = [1] * (tensor.ndim - lead - 1)
+            rows = classes.reshape(-1, *[1] * (lead - 1), len(numbers), *behind)
+            moved[key] = tensor.take_along_dim(rows.to(tensor.device), lead)
+    return moved

@@ -72,7 +72,11 @@ def methods(options: MethodsOptions, console: Console) -> list[dict[str, Any]]:
         quick=options.quick,
         console=console,
     )
-    mergers = {read_card(folder)["zoo"]["options"]["task"]: folder for folder in options.merger}
+    mergers = {
+        zoo["options"]["task"]: folder
+        for folder in options.merger
+        for zoo in read_card(folder)["zoos"]
+    }
     rows: list[dict[str, Any]] = []
     titles: dict[str, str] = {}
     for make in makers:

@@ -40,6 +40,30 @@ class ThirdPartyCNN(nn.Module):
         return self.fc2(self.fc1(x.flatten(1)))
 
 
+def read_pair(files: Sequence[str]) -> Weights:
+    """Read the two networks.
+
+    Args:
+        files: Their files.
+
+    Returns:
+        One family, ``[1, m, ...]``.
+
+    Raises:
+        ConfigError: If the files hold other networks.
+    """
+    members = [found for file in files for found in read_checkpoints(file)]
+    expected = {key: t.shape for key, t in ThirdPartyCNN().state_dict().items()}
+    for member in members:
+        got = {key: t.shape for key, t in member.weights.items()}
+        if got != expected:
+            raise ConfigError(
+                f"third_party: {member.name} holds {got}, expected {expected}: the example "
+                "networks of pygmtools, examples/data/example_model_fusion_1.dat and _2.dat."
+            )
+    return {k: t[None] for k, t in stack([member.weights for member in members]).items()}
+
+
 def third_party_setting(
     files: Sequence[str], *, draws: int, data: str | None, seed: int = 0
 ) -> Setting:
@@ -57,17 +81,8 @@ def third_party_setting(
     Raises:
         ConfigError: If the files hold other networks.
     """
-    members = [found for file in files for found in read_checkpoints(file)]
-    expected = {key: t.shape for key, t in ThirdPartyCNN().state_dict().items()}
-    for member in members:
-        got = {key: t.shape for key, t in member.weights.items()}
-        if got != expected:
-            raise ConfigError(
-                f"third_party: {member.name} holds {got}, expected {expected}: the example "
-                "networks of pygmtools, examples/data/example_model_fusion_1.dat and _2.dat."
-            )
+    families = read_pair(files)
     task = load_task("mnist", data)
-    families = {k: t[None] for k, t in stack([member.weights for member in members]).items()}
     program = program_of(ThirdPartyCNN(), tuple(task.inputs.shape[1:]))
     seeds = range(seed, seed + (draws or DRAWS))
     images, (free, test) = (task.inputs, task.targets), official_rows(task)

@@ -49,7 +49,8 @@ def refit(
     """Fit every layer of fused weights to its members' mixture on the given inputs.
 
     The first layer, whose inputs are those of the members, is only rescaled: there the mixture is
-    exact.
+    exact. What is no layer (embeddings, positional parameters, normalisations, recurrent cells)
+    stays as it comes in, and so does a layer that is used twice or shares a weight with another.
 
     Args:
         fused: Starting weights of ``f`` families, ``[f, ...]``.
@@ -117,7 +118,7 @@ def construct(
     execution = Execution(layout.program, fitted, [inputs], stacked=True)
     for node in layout.program.nodes:
         layer = layout.by_node.get(node.name)
-        if layer is not None:
+        if layer is not None and not layer.shared:
             target = targets(layer, observed[node.name])
             current = _rows(execution.peek(node).value, layer)  # [f, r, o]
             lane = execution.argument(node, 0)

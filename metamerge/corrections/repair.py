@@ -31,7 +31,8 @@ def repair(fused: Weights, members: Weights, layout: Layout, inputs: Tensor) -> 
     """Rescale and shift the pre-activations of fused weights to their members' mean statistics.
 
     On the given inputs each unit gets the mean of its members' means and of their standard
-    deviations. Left as they are: output layers (no other layer comes after them), the scale of
+    deviations. Left as they are: output layers (no other layer comes after them), layers that are
+    used twice or share a weight, whatever is no layer (embeddings, recurrent cells), the scale of
     units that are constant in the fused network, and the mean of units without a bias. Where a
     batch normalisation reads a layer without a bias, its running mean takes the shift.
 
@@ -72,7 +73,7 @@ def match_moments(
         read = {name: own.values[name] for name in node.refs if name in own.values}
         observed, current = theirs.step(node), own.step(node)
         layer = layout.by_node.get(node.name)
-        if layer is None or layer.target == OUTPUTS:
+        if layer is None or layer.shared or layer.target == OUTPUTS:
             continue
         each = _moments(observed.value, layer)
         wanted = _Moments(*(m.unflatten(0, (families, count)).mean(1) for m in each))

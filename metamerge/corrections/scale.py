@@ -66,12 +66,13 @@ def scale(
         ConfigError: If an option is out of its range, or inputs or labels do not fit the network.
         StructureError: If the network has layers that cannot be followed.
     """
-    factors = _checked(per, grid).to(inputs)  # [g]
+    dtype = inputs.dtype if inputs.is_floating_point() else None  # tokens are whole numbers
+    factors = _checked(per, grid).to(inputs.device, dtype)  # [g]
     check_fit(layout.program, inputs)
     wanted = _wanted(members, layout, inputs, labels)
     layers = [layer.weight for layer in layout.unshared]
     families = len(next(iter(fused.values())))
-    scales, curves = inputs.new_ones(families, len(layers)), {}
+    scales, curves = factors.new_ones(families, len(layers)), {}
     turns = {"model": slice(None)} if per == "model" else {k: [i] for i, k in enumerate(layers)}
     for name, chosen in turns.items():
         trials = scales[:, None].repeat(1, len(factors), 1)  # [f, g, l]

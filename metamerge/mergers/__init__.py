@@ -1,16 +1,33 @@
 """The learned mergers: networks that read the weights of K members and emit one set of weights."""
 
-from metamerge.mergers.files import load_merger, read_card, save_merger
-from metamerge.mergers.gnn import GNNConfig, GNNMerger, probe_start
+from metamerge.mergers.adapting import adapt
+from metamerge.mergers.autoencoder import AutoencoderConfig, AutoencoderMerger
+from metamerge.mergers.files import Merger, bundled_merger, load_merger, read_card, save_merger
+from metamerge.mergers.gate import consensus
+from metamerge.mergers.gnn import GNNConfig, GNNMerger
 from metamerge.mergers.objective import ThresholdObjective, wilson_lower_bound
+from metamerge.mergers.probes import probe_start
+from metamerge.mergers.reading import Fusion
+from metamerge.mergers.reconstruction import reconstruction_loss
+from metamerge.mergers.refining import fuse, refine
 
 __all__ = [
+    "AutoencoderConfig",
+    "AutoencoderMerger",
+    "Fusion",
     "GNNConfig",
     "GNNMerger",
+    "Merger",
     "ThresholdObjective",
+    "adapt",
+    "bundled_merger",
+    "consensus",
+    "fuse",
     "load_merger",
     "probe_start",
     "read_card",
+    "reconstruction_loss",
+    "refine",
     "save_merger",
     "wilson_lower_bound",
 ]

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,19 @@ import torch
 
 from metamerge.checkpoints import Checkpoint, read_checkpoints, save_checkpoint
 from metamerge.errors import ConfigError, IncompatibleWeights, Unreadable
+from metamerge.mergers.autoencoder import AutoencoderConfig, AutoencoderMerger
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
 
-KIND = "gnn"
+Merger = GNNMerger | AutoencoderMerger
+"""A merger of any kind."""
+
+KINDS = {"gnn": (GNNConfig, GNNMerger), "autoencoder": (AutoencoderConfig, AutoencoderMerger)}
 
 
-def save_merger(merger: GNNMerger, folder: str | os.PathLike[str], card: Mapping[str, Any]) -> Path:
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+def save_merger(merger: Merger, folder: str | os.PathLike[str], card: Mapping[str, Any]) -> Path:
     """Write a merger, replacing an older one only when the new one is complete.
 
     Args:
@@ -26,11 +34,12 @@ def save_merger(merger: GNNMerger, folder: str | os.PathLike[str], card: Mapping
     Returns:
         The folder.
     """
-    metadata = {"kind": KIND, "config": asdict(merger.config), "card": dict(card)}
+    kind = next(name for name, (_, made) in KINDS.items() if type(merger) is made)
+    metadata = {"kind": kind, "config": asdict(merger.config), "card": dict(card)}
     return save_checkpoint(merger.state_dict(), folder, metadata=metadata, overwrite=True)
 
 
-def load_merger(folder: str | os.PathLike[str]) -> GNNMerger:
+def load_merger(folder: str | os.PathLike[str]) -> Merger:
     """Read a merger that ``save_merger`` wrote.
 
     Args:
@@ -46,12 +55,10 @@ def load_merger(folder: str | os.PathLike[str]) -> GNNMerger:
     """
     checkpoint = _read(folder)
     try:
-        config = dict(checkpoint.metadata["config"])
-        with torch.random.fork_rng(devices=[]):  # its init is drawn only to be replaced
-            merger = GNNMerger(GNNConfig(**{**config, "input_shape": tuple(config["input_shape"])}))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        merger = _blank(*KINDS[checkpoint.metadata["kind"]], checkpoint.metadata["config"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise Unreadable(
-            f"{os.fspath(folder)}: its configuration is not that of a merger ({error!r}). Train it "
+            f"{os.fspath(folder)}: its configuration is not that of a merger ({error}). Train it "
             "again, or use the version of metamerge that wrote it."
         ) from error
     try:
@@ -59,6 +66,16 @@ def load_merger(folder: str | os.PathLike[str]) -> GNNMerger:
     except RuntimeError as error:
         raise IncompatibleWeights(f"{os.fspath(folder)}: {error}") from error
     return merger.eval()
+
+
+@cache
+def bundled_merger() -> Merger:
+    """The merger that comes with the package, see ``docs/mergers.md``; do not change it.
+
+    Returns:
+        The merger, in eval mode, on the CPU.
+    """
+    return load_merger(BUNDLED)
 
 
 def read_card(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -77,6 +94,23 @@ def read_card(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return _read(folder).metadata.get("card", {})
 
 
+def _blank(configuration: type, made: type, stored: Mapping[str, Any]) -> Merger:
+    """A merger of a stored configuration; its init is drawn only to be replaced."""
+    known = {field.name for field in fields(configuration)}
+    if stored.keys() != known:
+        raise ValueError(
+            f"unknown: {sorted(stored.keys() - known)}, missing: {sorted(known - stored.keys())}"
+        )
+    config = configuration(**{name: _as_tuples(value) for name, value in stored.items()})
+    with torch.random.fork_rng(devices=[]):
+        return made(config)
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON has lists where a configuration has tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
 def _read(folder: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint of a merger, or the reason why there is none."""
     if not Path(folder).is_dir():
@@ -86,7 +120,7 @@ def _read(folder: str | os.PathLike[str]) -> Checkpoint:
             "method='average'."
         )
     checkpoint = read_checkpoints(folder)[0]
-    if checkpoint.metadata.get("kind") != KIND:
+    if checkpoint.metadata.get("kind") not in [*KINDS]:
         raise Unreadable(
             f"{os.fspath(folder)}: this checkpoint is no merger. Pass a folder written by "
             "trainers/merger.py."

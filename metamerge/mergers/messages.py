@@ -6,9 +6,14 @@ Equivariant Neural Functionals", arXiv:2302.14040; Kofinas et al., "Graph Neural
 Learning Equivariant Representations of Neural Networks", arXiv:2403.12143) hold a vector per edge.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
+
+Edges = Sequence[tuple[Sequence[str], Sequence[str], Tensor]]
+Received = dict[str, tuple[Tensor, Tensor]]
 
 
 class LinearMessage(MessagePassing):
@@ -68,15 +73,17 @@ class MessageRound(nn.Module):
     def forward(
         self,
         states: dict[str, Tensor],
-        edges: list[tuple[str, str, Tensor]],
+        edges: Edges,
         *,
         sparse: bool = False,
     ) -> dict[str, Tensor]:
         """Update all node states.
 
         Args:
-            states: Space -> ``[f, m, n, width]``.
-            edges: Per layer: source space, target space, scaled weights ``[f, m, rows, columns]``.
+            states: Space -> ``[f, m, n, width]``, or ``[f, 1, n, width]`` for units that all
+                members share, as they do their inputs.
+            edges: Per layer: source spaces, target spaces, scaled weights ``[f, m, rows, columns]``
+                between the units of these spaces, one space after the other.
             sparse: Whether to build one PyG graph instead of one product per layer.
 
         Returns:
@@ -91,43 +98,59 @@ class MessageRound(nn.Module):
             updated[space] = state + self.update(told)
         return updated
 
-    def _dense(
-        self, states: dict[str, Tensor], edges: list[tuple[str, str, Tensor]]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def _dense(self, states: dict[str, Tensor], edges: Edges) -> Received:
         along = {space: torch.zeros_like(state) for space, state in states.items()}
         back = dict(along)
-        for source, target, matrix in edges:
+        for sources, targets, matrix in edges:
             rows, columns = matrix.shape[-2:]
-            along[target] = along[target] + self.along.dense(states[source], matrix / columns**0.5)
-            back[source] = back[source] + self.back.dense(states[target], matrix.mT / rows**0.5)
+            given = (_joined(states, sources), _joined(states, targets))
+            _add(along, targets, self.along.dense(given[0], matrix / columns**0.5))
+            _add(back, sources, self.back.dense(given[1], matrix.mT / rows**0.5))
         return {space: (along[space], back[space]) for space in states}
 
-    def _sparse(
-        self, states: dict[str, Tensor], edges: list[tuple[str, str, Tensor]]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        flat = {space: state.flatten(0, 2) for space, state in states.items()}
-        starts, total = {}, 0
-        for space, nodes in flat.items():
-            starts[space], total = total, total + len(nodes)
-        senders, receivers, forward, backward = [], [], [], []
-        for source, target, matrix in edges:
-            rows, columns = matrix.shape[-2:]
-            network, row, column = (
-                torch.arange(size, device=matrix.device)
-                for size in (matrix.shape[0] * matrix.shape[1], rows, columns)
-            )
-            to = starts[target] + network[:, None, None] * rows + row[:, None]
-            come = starts[source] + network[:, None, None] * columns + column
-            receivers.append(to.expand(-1, -1, columns).flatten())
-            senders.append(come.expand(-1, rows, -1).flatten())
-            forward.append((matrix / columns**0.5).flatten())
-            backward.append((matrix / rows**0.5).flatten())
-        edge_index = torch.stack([torch.cat(senders), torch.cat(receivers)])
-        x = torch.cat(list(flat.values()))
-        along = self.along(x, edge_index, torch.cat(forward))
-        back = self.back(x, edge_index.flip(0), torch.cat(backward))
-        received = {}
+    def _sparse(self, states: dict[str, Tensor], edges: Edges) -> Received:
+        places, total = {}, 0  # number of every node in the one graph
         for space, state in states.items():
-            own = slice(starts[space], starts[space] + len(flat[space]))
-            received[space] = (along[own].view_as(state), back[own].view_as(state))
-        return received
+            count = state.shape[:3].numel()
+            own = torch.arange(total, total + count, device=state.device)
+            places[space], total = own.view(state.shape[:3]), total + count
+        members = max(state.shape[1] for state in states.values())
+        share = {  # of every message that counts: shared units take the mean over members
+            space: state.new_full(state.shape[:3], state.shape[1] / members)
+            for space, state in states.items()
+        }
+        senders, receivers, forward, backward = [], [], [], []
+        for sources, targets, matrix in edges:
+            rows, columns = matrix.shape[-2:]
+            to = _joined(places, targets)[..., :, None].expand(matrix.shape)
+            come = _joined(places, sources)[..., None, :].expand(matrix.shape)
+            shares = _joined(share, targets)[..., :, None], _joined(share, sources)[..., None, :]
+            receivers.append(to.flatten())
+            senders.append(come.flatten())
+            forward.append((matrix / columns**0.5 * shares[0]).flatten())
+            backward.append((matrix / rows**0.5 * shares[1]).flatten())
+        x = torch.cat([state.flatten(0, 2) for state in states.values()])
+        if edges:
+            edge_index = torch.stack([torch.cat(senders), torch.cat(receivers)])
+            along = self.along(x, edge_index, torch.cat(forward))
+            back = self.back(x, edge_index.flip(0), torch.cat(backward))
+        else:
+            along = back = torch.zeros_like(x)
+        return {space: (along[own], back[own]) for space, own in places.items()}
+
+
+def _joined(values: dict[str, Tensor], spaces: Sequence[str]) -> Tensor:
+    """Values of the units of several spaces, one space after the other, ``[f, m, n, ...]``."""
+    parts = [values[space] for space in spaces]
+    if len(parts) == 1:
+        return parts[0]
+    members = max(part.shape[1] for part in parts)
+    return torch.cat([part.expand(-1, members, *part.shape[2:]) for part in parts], 2)
+
+
+def _add(sums: dict[str, Tensor], spaces: Sequence[str], values: Tensor) -> None:
+    """Add values of the units of several spaces to their sums; shared units take the mean."""
+    parts = values.split([sums[space].shape[2] for space in spaces], 2)
+    for space, part in zip(spaces, parts, strict=True):
+        shared = sums[space].shape[1] < part.shape[1]
+        sums[space] = sums[space] + (part.mean(1, keepdim=True) if shared else part)

@@ -72,17 +72,24 @@ class ThresholdObjective:
 
         Args:
             logits: ``[f, b, c]``.
-            targets: ``[b]``.
-            thresholds: ``[f]``.
+            targets: Classes ``[b]``, or ``[f, b]`` where families know them by numbers of their
+                own; or, without labels, probabilities ``[f, b, c]`` that are to be imitated, such
+                as those of the members' soft vote.
+            thresholds: Accuracy that each family has to reach, or agreement with the likeliest
+                class where probabilities are imitated, ``[f]``.
 
         Returns:
             The loss, and the accuracy of each family on this batch, ``[f]``.
         """
-        expanded = targets.expand(len(logits), -1)
-        losses = F.cross_entropy(logits.movedim(-1, 1), expanded, reduction="none").mean(1)
-        accuracy = (logits.argmax(-1) == targets).float().mean(1)
-        wanted = (thresholds + self.headroom).clamp(max=1.0)
-        weight = ((wanted - accuracy) / self.softness).sigmoid().detach()
+        if targets.is_floating_point():
+            losses = -(targets * logits.log_softmax(-1)).sum(-1).mean(1)
+            wanted = targets.argmax(-1)
+        else:
+            wanted = targets.expand(len(logits), -1)
+            losses = F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none").mean(1)
+        accuracy = (logits.argmax(-1) == wanted).float().mean(1)
+        reach = (thresholds + self.headroom).clamp(max=1.0)
+        weight = ((reach - accuracy) / self.softness).sigmoid().detach()
         return (weight * losses).mean(), accuracy
 
 

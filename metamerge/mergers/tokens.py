@@ -5,10 +5,12 @@ so a merger trained on one width reads another, and none names a layer, a class 
 input.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from metamerge.structure import OUTPUTS, Layout
+from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.weights import Weights
 
 UNIT_FEATURES = 14
@@ -16,7 +18,9 @@ CLASS_FEATURES = 8
 BOUND = 20.0  # of every feature; only degenerate members, such as dead layers, ever come near it
 
 
-def unit_tokens(members: Weights, layout: Layout, observed: dict[str, Tensor]) -> dict[str, Tensor]:
+def unit_tokens(
+    members: Weights, layout: Layout, observed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Tokens of all units of all spaces.
 
     Args:
@@ -27,10 +31,15 @@ def unit_tokens(members: Weights, layout: Layout, observed: dict[str, Tensor]) -
     Returns:
         Space -> ``[f, m, n, UNIT_FEATURES]``.
     """
-    depth = {space: i / max(1, len(layout.spaces) - 1) for i, space in enumerate(layout.spaces)}
+    matrices = {x.node: layout.matrix(x, members[x.weight]) for x in layout.layers}
     return {
-        space: _with_kind(_features(members, layout, observed, space), layout, space, depth[space])
-        for space in layout.spaces
+        space: _with_kind(
+            _features(members, layout, observed, matrices, space),
+            layout,
+            space,
+            place / max(1, len(layout.spaces) - 1),
+        )
+        for place, space in enumerate(layout.spaces)
     }
 
 
@@ -64,14 +73,22 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
-def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], space: str) -> Tensor:
+def _features(
+    members: Weights,
+    layout: Layout,
+    observed: Mapping[str, Tensor],
+    matrices: Mapping[str, Tensor],
+    space: str,
+) -> Tensor:
     """Incoming, outgoing and activation features, ``[f, m, n, 10]``; 0 where there is no side."""
-    incoming = [layout.matrix(x, members[x.weight]).flatten(3) for x in layout.producers(space)]
+    makers, readers = layout.producers(space), layout.consumers(space)
+    incoming = [matrices[x.node][:, :, layout.rows(x).part(space)].flatten(3) for x in makers]
     outgoing = [
-        layout.matrix(x, members[x.weight]).transpose(2, 3).flatten(3)
-        for x in layout.consumers(space)
+        matrices[x.node][:, :, :, layout.columns(x).part(space)].transpose(2, 3).flatten(3)
+        for x in readers
     ]
-    zero = members[layout.layers[0].weight].new_zeros(*_lead(members, layout), layout.spaces[space])
+    like = next(iter(matrices.values()))
+    zero = like.new_zeros(*like.shape[:2], layout.spaces[space])
     features = [zero] * 10
     if incoming:
         rows = torch.cat(incoming, -1)  # [f, m, n, r]
@@ -86,7 +103,7 @@ def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], spa
             (1, 2), keepdim=True
         ).clamp_min(1e-6)
         # producers of one space may see maps of different sizes: their rows stand one after another
-        values = torch.cat([observed[x.node] for x in layout.producers(space)], 2)  # [f, m, r, n]
+        values = torch.cat([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
         spread = values.std(2, correction=0)
         typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
         features[4:8] = [
@@ -101,16 +118,20 @@ def _features(members: Weights, layout: Layout, observed: dict[str, Tensor], spa
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
+def _of_space(values: Tensor, layout: Layout, layer: Layer, space: str) -> Tensor:
+    """Values of a layer's outputs, ``[..., out]``, at the units of a space."""
+    rows = layout.rows(layer)
+    if rows.plain and len(rows.spaces) == 1:
+        return values
+    return rows.collected(values, values.ndim - 1, space).mean(-1)
+
+
 def _with_kind(features: Tensor, layout: Layout, space: str, depth: float) -> Tensor:
     """Append what kind of space this is: input, output, made by a linear layer, relative depth."""
     producers = layout.producers(space)
     kind = [not producers, space == OUTPUTS, bool(producers) and producers[0].linear, depth]
     told = features.new_tensor([float(k) for k in kind]).expand(*features.shape[:3], len(kind))
     return torch.cat([features, told], -1)
-
-
-def _lead(members: Weights, layout: Layout) -> torch.Size:
-    return members[layout.layers[0].weight].shape[:2]
 
 
 def _relative(norm: Tensor) -> Tensor:
@@ -124,16 +145,16 @@ def _cosine_to_mean(rows: Tensor) -> Tensor:
 
 
 def _biases(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:
-    biases = [members[x.bias] for x in layout.producers(space) if x.bias]
-    return sum(biases, zero)
+    makers = [x for x in layout.producers(space) if x.bias]
+    return sum((_of_space(members[x.bias], layout, x, space) for x in makers), zero)
 
 
 def _others(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:
     """Mean of the other tensors with one number per unit, such as those of a normalisation."""
     biases = {layer.bias for layer in layout.layers}
     others = [
-        members[key]
-        for key, factors in layout.spec.axes.items()
-        if len(factors) == 1 and key not in biases and layout.spec.row_group(key) == space
+        units.collected(members[key], 2, space).mean(-1)
+        for key, (_, units) in layout.carried.items()
+        if len(layout.spec.axes[key]) == 1 and key not in biases and space in units.spaces
     ]
     return sum(others, zero) / max(1, len(others))

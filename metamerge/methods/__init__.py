@@ -1,6 +1,7 @@
 """Merge methods, one per file; importing this package registers them all."""
 
 from metamerge.methods.adaptive import adaptive
+from metamerge.methods.autoencoder import autoencoder
 from metamerge.methods.average import average
 from metamerge.methods.breadcrumbs import breadcrumbs
 from metamerge.methods.cluster import cluster
@@ -23,6 +24,7 @@ from metamerge.methods.zipit import zipit
 
 __all__ = [
     "adaptive",
+    "autoencoder",
     "average",
     "breadcrumbs",
     "cluster",

@@ -4,50 +4,66 @@ No paper: the network is this package's own, see ``metamerge.mergers.gnn``.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
-from metamerge.calibration import Batches, collect
-from metamerge.errors import ConfigError
-from metamerge.methods._combination import combine, restore
+from metamerge.calibration import Batches
+from metamerge.methods._learned import merge_learned
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
-from metamerge.weights import Weights, stack, widened
+from metamerge.weights import Weights
 
 
-@merge_method()
+@merge_method(neutral={"adapt": False})
 def gnn(
     weights: Sequence[Weights],
     *,
     layout: Layout,
-    merger: nn.Module,
+    merger: nn.Module | None = None,
     batches: Batches | None = None,
+    refine: int | None = None,
+    adapt: bool = True,
+    generator: torch.Generator | None = None,
+    report: dict[str, Any] | None = None,
 ) -> Weights:
     """Merge with a trained graph network.
+
+    Without ``batches`` members are watched on the merger's learned probes (on imagined ones, where
+    it has none of their inputs' shape). Inputs take the place of the probes, or join them where
+    they are fewer. With labels the fused network is adapted to them as well, as far as that helps
+    in cross-validation.
 
     Args:
         weights: One state dict per member, of one architecture. A single one comes back as it is.
         layout: That architecture.
-        merger: A trained ``GNNMerger``.
-        batches: Calibration inputs that replace the merger's learned probes; labels are not used.
+        merger: A trained ``GNNMerger``; by default the one that comes with the package.
+        batches: Calibration inputs, or pairs of inputs and labels.
+        refine: Steps of distillation from the fused start; None for as many as proved best when
+            the merger was trained, 0 for none.
+        adapt: Whether the network is fine-tuned to labels, where there are any, as far as that
+            helps in cross-validation; if not, they are not looked at.
+        generator: Source of randomness of the adaptation.
+        report: Takes what members were watched on, and what was chosen by labels.
 
     Returns:
         New state dict with the members' names, shapes and dtypes.
 
     Raises:
         ConfigError: If the merger is something else, or the batches are of no use.
-        IncompatibleWeights: If the network's inputs are not those that the merger was trained for.
+        IncompatibleWeights: If the network's inputs are of unknown shape and there are no batches.
     """
-    from metamerge.mergers.gnn import GNNMerger  # imports torch-geometric
+    from metamerge.mergers import GNNMerger  # imports torch-geometric
 
-    if not isinstance(merger, GNNMerger):
-        raise ConfigError(
-            f"gnn: merger is a {type(merger).__name__}, expected a GNNMerger. Train one with "
-            f"`accelerate launch trainers/merger.py` and pass merger=<folder>."
-        )
-    inputs = None if batches is None else collect(batches, labelled=False)[0]
-    if len(weights) == 1:
-        return combine(weights, [1.0])
-    members = {key: tensor[None] for key, tensor in stack(widened(weights)).items()}  # [1, m, ...]
-    fused = merger(members, layout, inputs=inputs)
-    return restore({key: tensor[0] for key, tensor in fused.items()}, weights)
+    return merge_learned(
+        weights,
+        layout,
+        merger,
+        kind=GNNMerger,
+        batches=batches,
+        refine=refine,
+        adapted=adapt,
+        generator=generator,
+        report=report,
+    )

@@ -1,52 +1,28 @@
 """The weight graph of a network: which layers read which spaces of units and write which.
 
-A space is a permutable group, the network's inputs, or its outputs. Methods that go layer by layer
-(repair, refit) and the learned mergers read a ``Layout`` instead of names of layers.
+A space is what (a part of) an axis carries: a permutable group, a nest of groups such as attention
+heads and the units inside them, the network's inputs, or its outputs. Methods that go layer by
+layer (repair, refit) and the learned mergers read a ``Layout`` instead of names of layers.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from metamerge.errors import StructureError
-from metamerge.structure.factors import Concat
-from metamerge.structure.operators import LAYERS, LINEAR
+from metamerge.structure.layers import OUTPUTS, Found, Layer, check_plain, find_layers
 from metamerge.structure.program import Node, Program
 from metamerge.structure.spec import PermutationSpec
+from metamerge.structure.units import FIXED, Units, units_along
 
-OUTPUTS = "outputs"
+__all__ = ["OUTPUTS", "Layer", "Layout"]
 
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear map or convolution.
-
-    Attributes:
-        node: Name of the operator call.
-        weight: State-dict key of the weight.
-        bias: State-dict key of the bias, or None.
-        source: Space that its columns read; ``inputs:<node>`` where they are fixed.
-        target: Space that its rows make: a group, ``outputs`` where no layer comes after it, or
-            ``fixed:<node>``.
-        linear: Whether it is a linear map rather than a convolution.
-        regressable: Whether its weight is a matrix over (patches of) its inputs: linear, or an
-            ungrouped 2-d convolution.
-    """
-
-    node: str
-    weight: str
-    bias: str | None
-    source: str
-    target: str
-    linear: bool
-    regressable: bool
-
-    @property
-    def reads_inputs(self) -> bool:
-        """Whether its columns are fixed, as those of a first layer are."""
-        return self.source.startswith("inputs:")
+_MADE = {  # operators with a matrix whose axis 1 makes units and whose axis 0 reads them
+    *(f"conv_transpose{d}d.{form}" for d in (1, 2, 3) for form in ("default", "input")),
+    *("matmul.default", "mm.default", "addmm.default"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,31 +40,19 @@ class Layout:
     def layers(self) -> tuple[Layer, ...]:
         """Every linear map and convolution, in execution order.
 
-        Alignment and averages need none of them; what goes layer by layer refuses networks whose
-        layers are not followed yet.
+        Other weights (embeddings, positional parameters, recurrent cells, weights that are computed
+        before a layer uses them) are no layers: what goes layer by layer passes them through.
 
         Raises:
-            StructureError: If a weight or bias is used twice or computed, a weight joins several
-                groups on one axis, or an operator of another kind reads a matrix of weights.
+            StructureError: If the network cannot be run on batches of any size, or columns are
+                nested in blocks that cannot be told apart.
         """
-        program, spec = self.program, self.spec
-        if program is None:
-            raise StructureError(
-                "The network cannot be traced, so nothing goes through it layer by layer: align "
-                "and average its members, without correct= and learned mergers."
-            )
-        program.check_rows()
-        _check_readers(program)
-        calls = [node for node in program.nodes if node.op in LAYERS]
-        hidden = _hidden(program)
-        layers = tuple(_layer(program, spec, node, node.name in hidden) for node in calls)
-        keys = [key for layer in layers for key in (layer.weight, layer.bias) if key]
-        if len(set(keys)) < len(keys):
-            shared = sorted(key for key, uses in Counter(keys).items() if uses > 1)
-            raise StructureError(
-                f"{shared}: used by several layers, which is not supported yet. Give each a copy."
-            )
-        return layers
+        return tuple(found.layer for found in self._found.values())
+
+    @property
+    def unshared(self) -> tuple[Layer, ...]:
+        """The layers whose weight and bias nothing else reads."""
+        return tuple(layer for layer in self.layers if not layer.shared)
 
     @cached_property
     def by_node(self) -> dict[str, Layer]:
@@ -99,11 +63,28 @@ class Layout:
     def spaces(self) -> dict[str, int]:
         """Space -> number of units, in the order of the network."""
         sizes = {}
-        for layer in self.layers:
-            rows, columns, _ = self._matrix_shape(layer)
-            sizes.setdefault(layer.source, columns)
-            sizes.setdefault(layer.target, rows)
+        for found in self._found.values():
+            for units in (found.columns, found.rows):
+                for space, size in zip(units.spaces, units.sizes, strict=True):
+                    sizes.setdefault(space, size)
         return sizes
+
+    @cached_property
+    def carried(self) -> dict[str, tuple[int, Units]]:
+        """State-dict key -> the axis along which members are mixed, and its units.
+
+        That is the axis of the rows of layers and their biases; of other tensors the first axis
+        with units of a space, the second of matrices that are multiplied from the right. Tensors
+        without such an axis have no entry.
+        """
+        found = {key: own for key in self.spec.axes for own in self._carried_by_no_layer(key)[:1]}
+        owners = sorted(self._found.values(), key=lambda own: OUTPUTS in own.layer.targets)
+        for layer, rows, _ in owners:  # of a shared tensor, outputs say more than what is fixed
+            fixed = all(space.startswith(FIXED) for space in rows.spaces)
+            for key in filter(None, (layer.weight, layer.bias)):
+                found.pop(key, None)
+                found.update({} if fixed else {key: (0, rows)})
+        return found
 
     @cached_property
     def running_means(self) -> dict[str, str]:
@@ -121,13 +102,33 @@ class Layout:
             and own[0].args[3] is not None
         }
 
+    def check_plain(self) -> None:
+        """Refuse networks that are more than layers of one group per axis, each used once.
+
+        Methods that fuse the units of every group by themselves need such a network.
+
+        Raises:
+            StructureError: If a weight or bias is used twice or computed, a weight joins several
+                groups on one axis, or an operator of another kind reads a matrix of weights.
+        """
+        self._check_traced()
+        check_plain(self.program, self.spec)
+
     def producers(self, space: str) -> list[Layer]:
-        """Layers whose rows make the units of a space."""
-        return [layer for layer in self.layers if layer.target == space]
+        """Layers whose rows make the units of a space, all of them or beside those of others."""
+        return [layer for layer in self.layers if space in layer.targets]
 
     def consumers(self, space: str) -> list[Layer]:
-        """Layers whose columns read the units of a space."""
-        return [layer for layer in self.layers if layer.source == space]
+        """Layers whose columns read the units of a space, alone or beside those of others."""
+        return [layer for layer in self.layers if space in layer.sources]
+
+    def rows(self, layer: Layer) -> Units:
+        """Units that the rows of a layer make."""
+        return self._found[layer.node].rows
+
+    def columns(self, layer: Layer) -> Units:
+        """Units that the columns of a layer read; of a grouped convolution, all its blocks'."""
+        return self._found[layer.node].columns
 
     def matrix(self, layer: Layer, weight: Tensor) -> Tensor:
         """View a layer's weight as units by units by the rest (taps, positions).
@@ -137,76 +138,61 @@ class Layout:
             weight: ``[*batch, out, in, *taps]``.
 
         Returns:
-            ``[*batch, rows, columns, rest]``.
+            ``[*batch, rows, columns, rest]``, where rows are the units of ``layer.targets`` and
+            columns those of ``layer.sources``, one space after another; zeros between the blocks of
+            a grouped convolution, and where a unit has fewer entries than those of other spaces.
         """
-        rows, _, _ = self._matrix_shape(layer)
+        rows, columns = self.rows(layer), self.columns(layer)
         lead = weight.ndim - len(self.spec.axes[layer.weight])
-        if layer.reads_inputs:
+        if layer.blocks > 1:
+            weight = _on_the_diagonal(weight, lead, layer.blocks)
+        if layer.reads_inputs and rows.plain:
             return weight[..., None].flatten(lead + 2)
-        units = self.spec.unit_rows(
-            layer.weight, 1, layer.source, weight
-        )  # [*, columns, rows * rest]
-        return units.unflatten(-1, (rows, -1)).transpose(lead, lead + 1)
+        units = columns.collected(rows.collected(weight, lead), lead + 2)
+        units = units.movedim(lead + 2, lead)[..., None].flatten(lead + 1)
+        return units.unflatten(-1, (sum(rows.sizes), -1)).transpose(lead, lead + 1)
 
-    def _matrix_shape(self, layer: Layer) -> tuple[int, int, int]:
-        value = next(v for v, key in self.program.parameters.items() if key == layer.weight)
-        rows, fan_in, *taps = self.program.shapes[value]
-        columns = fan_in if layer.reads_inputs else self.spec.groups[layer.source]
-        rest = fan_in // columns
-        for tap in taps:
-            rest *= tap
-        return rows, columns, rest
+    @cached_property
+    def _found(self) -> dict[str, Found]:
+        self._check_traced()
+        return {own.layer.node: own for own in find_layers(self.program, self.spec)}
 
+    def _check_traced(self) -> None:
+        if self.program is None:
+            raise StructureError(
+                "The network cannot be traced, so nothing goes through it layer by layer: align "
+                "and average its members, without correct= and learned mergers."
+            )
+        self.program.check_rows()
 
-def _check_readers(program: Program) -> None:
-    """Refuse networks with weights that are no layers, such as embeddings and recurrent ones."""
-    for node in program.nodes:
-        if node.op in LAYERS:
-            continue
-        for value in {*node.refs} & program.parameters.keys():
-            if len(program.shape(value)) > 1:
-                raise StructureError(
-                    f"{program.parameters[value]}: is read by aten.{node.op} ({node.name}); what "
-                    "goes layer by layer (repair, refit, learned mergers) knows linear maps and "
-                    "convolutions. Align and average such networks."
-                )
+    def _carried_by_no_layer(self, key: str) -> list[tuple[int, Units]]:
+        """Axes of a tensor with units of a space, the one that is mixed along first."""
+        axes = list(range(len(self.spec.axes[key])))
+        found = []
+        for axis in axes[::-1] if key in self._right_hand else axes:
+            places = self.spec.places(key, axis)
+            if places:
+                units = units_along(self.spec, places, len(places[0].labels), FIXED)
+                if not self.spaces.keys().isdisjoint(units.spaces):
+                    found.append((axis, units))
+        return found
 
-
-def _hidden(program: Program) -> set[str]:
-    """Nodes of the layers that other layers read, directly or through what lies between."""
-    hidden: set[str] = set()
-    behind: dict[str, set[str]] = {}  # value -> layers that it comes from
-    for node in program.nodes:
-        sources = set().union(*(behind.get(name, ()) for name in node.refs))
-        if node.op in LAYERS:
-            hidden |= sources
-            sources = {node.name}
-        behind[node.name] = sources
-    return hidden
-
-
-def _layer(program: Program, spec: PermutationSpec, node: Node, hidden: bool) -> Layer:
-    keys = [program.parameters.get(ref) for ref in node.refs[1:3]]
-    if None in keys:
-        raise StructureError(
-            f"{node.name}: its weight is computed, not a parameter; this is not supported yet."
-        )
-    weight, bias = keys[0], keys[1] if len(keys) > 1 else None
-    rows, columns = ([place.group for place in spec.places(weight, axis)] for axis in (0, 1))
-    nested = [group for group in (*rows, *columns) if spec.outer(group)]
-    if len(columns) > 1 or len(rows) > 1 or nested or _concatenated(spec, weight):
-        raise StructureError(
-            f"{weight}: its rows carry the groups {rows}, its columns {columns}; what goes layer "
-            "by layer (repair, refit, learned mergers) needs one group per axis. Align and average "
-            "such networks."
-        )
-    source = columns[0] if columns else f"inputs:{node.name}"
-    target = spec.row_group(weight) or (f"fixed:{node.name}" if hidden else OUTPUTS)
-    linear = node.op in LINEAR
-    plain = node.op == "conv2d.default" and node.argument(6, 1) == 1
-    patches = plain and not isinstance(node.argument(4, ()), str)
-    return Layer(node.name, weight, bias, source, target, linear, linear or patches)
+    @cached_property
+    def _right_hand(self) -> set[str]:
+        """Keys of matrices whose axis 1 makes units."""
+        return {
+            self.program.parameters[name]
+            for node in self.program.nodes
+            if node.op in _MADE
+            for name in node.refs[1:]
+            if name in self.program.parameters
+        }
 
 
-def _concatenated(spec: PermutationSpec, weight: str) -> bool:
-    return any(isinstance(f, Concat) for axis in spec.axes[weight] for f in axis)
+def _on_the_diagonal(weight: Tensor, lead: int, blocks: int) -> Tensor:
+    """Write the blocks of a grouped convolution into one that reads all channels."""
+    split = weight.unflatten(lead, (blocks, -1))[..., None]  # [*, blocks, out, in, *taps, 1]
+    split = split.movedim(-1, lead + 2)  # [*, blocks, out, 1, in, *taps]
+    own = torch.eye(blocks, dtype=weight.dtype, device=weight.device)
+    own = own.reshape(blocks, 1, blocks, *[1] * (weight.ndim - lead - 1))
+    return (split * own).flatten(lead, lead + 1).flatten(lead + 1, lead + 2)

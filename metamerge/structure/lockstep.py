@@ -329,6 +329,20 @@ def _flatten(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0].value.flatten(start + 1 if start >= 0 else start, end + 1 if end >= 0 else end)
 
 
+def _attention(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Attention of all networks as one batch; vmap would take it network by network."""
+    mask = args[3] if len(args) > 3 else Lane(kwargs.get("attn_mask"), False)
+    if mask.stacked or (mask.value is not None and mask.value.ndim > 2):
+        return None
+    n = next(len(lane.value) for lane in args[:3] if lane.stacked)
+    if min(lane.value.ndim - lane.stacked for lane in args[:3]) < 3:  # no batch to be part of
+        return None
+    whole = [v if stacked else v.expand(n, *v.shape) for v, stacked in args[:3]]
+    options = [lane.value for lane in args[3:]]
+    y = operator(op)(*(v.flatten(0, 1) for v in whole), *options, **kwargs)
+    return y.unflatten(0, whole[0].shape[:2])
+
+
 _POOLING = {  # operator -> number of axes that it pools over
     **{
         op: int(op[op.index("d.") - 1])
@@ -346,4 +360,5 @@ BATCHED: dict[str, Callable[[str, tuple[Lane, ...], dict[str, Any]], Tensor | No
     "flatten.using_ints": _flatten,
     "group_norm.default": _group_norm,
     "reshape.default": _reshape,
+    "scaled_dot_product_attention.default": _attention,
 }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -10,21 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from rich.console import Console
 
-from evaluation import compare as comparison
 from evaluation.compare import CompareOptions, compare, main
 from evaluation.metrics import accuracy, family_logits
+from evaluation.report import RIVALS
 from metamerge import merge
 from metamerge.checkpoints import save_checkpoint
-from metamerge.errors import ConfigError, IncompatibleWeights, Unreadable, ZooError
+from metamerge.errors import ConfigError, Unreadable, ZooError
 from metamerge.mergers import GNNConfig, GNNMerger, read_card, save_merger
 from metamerge.weights import stack
-from trainers.merger import MergerOptions, train
 from zoo.build import ZooOptions, build, options_from, split_of
 from zoo.training import predict
+from zoo.variants import Variants
 
 KEYS = {
     *("method", "members", "data", "accuracy_mean", "accuracy_std", "accuracy_worst"),
@@ -33,23 +30,33 @@ KEYS = {
 SIZES, FAMILIES, WIDTH = (2, 3), 4, 16
 PARAMETERS = 64 * WIDTH + WIDTH + WIDTH * 10 + 10
 IMAGES = 400  # objective and validation images together
+BUDGETS = {"unlabelled": (100, IMAGES), "labelled": (60, IMAGES)}
+FILES = {"leaderboard.json", "leaderboard.meta.json", "leaderboard.png", "rows.jsonl"}
 
 CONTROLS = {
-    "best member": "labelled",
+    "mean member": "none",
     "soft-vote ensemble": "none",
     "majority-vote ensemble": "none",
-    "distilled from best member": "unlabelled",
-    "distilled from aligned average": "unlabelled",
+    "mean network of the training zoo": "none",
+    "best network of the training zoo": "none",
+    "best member": "labelled",
     "best member, fine-tuned": "labelled",
     "trained from scratch": "labelled",
+    "distilled from best member": "unlabelled",
+    "distilled from aligned average": "unlabelled",
     "trained on all segments (ceiling)": "segments",
 }
 METHODS = {
     "gnn": "none",
+    "gnn, no residual, no prior": "none",
+    "gnn, calibrated": "unlabelled",
+    "gnn, adapted": "labelled",
+    "gnn, then fine-tuned": "labelled",
     "average": "none",
     "average, aligned": "none",
     "average, aligned + repair": "unlabelled",
     "average, aligned + refit": "unlabelled",
+    "rank average, aligned": "labelled",
 }
 
 
@@ -75,24 +82,34 @@ def zoo(place):
 
 
 @pytest.fixture(scope="module")
+def relabelled(place, zoo):
+    """Families that call the classes by numbers of their own."""
+    own = {
+        "out": str(place / "relabelled"),
+        "relabel": True,
+        "members": (2,),
+        "train_families": 3,
+        "epochs": 40.0,
+    }
+    return build(replace(options_from(zoo.options), **own))
+
+
+def made_merger(folder, zoo, **config):
+    """A merger with a residual, which nobody has trained, and the card of one that was."""
+    shape = tuple(zoo.layout.program.input_shape()[1:])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        merger = GNNMerger(GNNConfig(**{"shapes": (shape,), "probes": 16, "width": 8, **config}))
+        with torch.no_grad():
+            merger.row_factor.weight.normal_(std=0.1)
+    told = {"digest": zoo.digest, "options": zoo.options, "task": zoo.manifest["task"]}
+    save_merger(merger, folder, {"options": {"seed": 0}, "zoos": [told]})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def merger(place, zoo):
-    """A merger that was trained for a second."""
-    options = MergerOptions(
-        zoo=str(zoo.folder),
-        out=str(place / "merger"),
-        probes=32,
-        width=8,
-        families=4,
-        steps=20,
-        eval_every=10,
-        tracking=False,
-    )
-    try:
-        train(options, Accelerator(cpu=True))
-    finally:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-    return options.out
+    return made_merger(place / "merger", zoo)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,14 +125,17 @@ def short_controls():
 def result(place, zoo, merger):
     """One comparison, tracked, with everything that it left behind."""
     uri = f"sqlite:///{place}/mlflow.db"
-    options = CompareOptions(merger=merger, out=str(place / "out"))
+    options = CompareOptions(
+        merger=(merger,), out=str(place / "out"), unlabelled=(100,), labelled=(60,)
+    )
     console = Console(width=160, record=True, quiet=False, file=(place / "table.txt").open("w"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        rows = compare(options, console)
+        found = compare(options, console)
     out = place / "out"
     return SimpleNamespace(
-        rows=rows,
+        scored=found.scored,
+        rows=[one.row() for one in found.scored],
         uri=uri,
         out=out,
         options=options,
@@ -132,14 +152,26 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-def row_of(result, method, members):
-    (row,) = [r for r in result.rows if (r["method"], r["members"]) == (method, members)]
-    return row
+def row_of(result, method, members, data=None):
+    found = [
+        r
+        for r in result.rows
+        if (r["method"], r["members"]) == (method, members) and data in (None, r["data"])
+    ]
+    assert len(found) == 1 or data is None, (method, data, found)
+    return found[0]
+
+
+def quick(**options):
+    """A comparison without images, controls and tracking."""
+    plain = {"unlabelled": (0,), "labelled": (0,), "full": False, "controls": False}
+    given = CompareOptions(**{**plain, "tracking": False, **options})
+    return compare(given, Console(quiet=True))
 
 
 def refused(error, *told, **options):
     with pytest.raises(error) as caught:
-        compare(CompareOptions(**options), Console(quiet=True))
+        quick(**options)
     message = str(caught.value)
     assert [piece for piece in told if piece not in message] == [], message
 
@@ -169,25 +201,15 @@ def test_every_number_is_of_its_kind(result):
         assert row["parameters"] == PARAMETERS * (row["members"] if ensemble else 1)
 
 
-def test_every_method_appears_once_per_number_of_members(result):
-    counts = Counter((row["method"], row["members"]) for row in result.written)
-    assert set(counts.values()) == {1}
-
-
 @pytest.mark.parametrize("members", SIZES)
-def test_all_controls_are_there_with_what_they_used(result, members):
-    for expected, control in ((CONTROLS, True), (METHODS, False)):
-        for method, data in expected.items():
-            row = row_of(result, method, members)
-            assert row["control"] == control, method
-            assert row["data"].partition(":")[0] == data, method
-
-
-def test_data_say_how_many_images_were_used(result):
-    for row in result.written:
-        assert re.fullmatch(r"none|segments|(unlabelled|labelled):\d+", row["data"])
-        if ":" in row["data"]:
-            assert row["data"].endswith(f":{IMAGES}")
+def test_every_row_is_there_once_at_every_budget(result, members):
+    expected = Counter()
+    clusters = {"cluster, all": "none", "cluster, best": "labelled"} if members > 2 else {}
+    for method, data in {**CONTROLS, **METHODS, **clusters}.items():
+        for count in BUDGETS.get(data, ("",)):
+            expected[method, f"{data}:{count}" if count else data, method in CONTROLS] += 1
+    found = [r for r in result.rows if r["members"] == members]
+    assert Counter((r["method"], r["data"], r["control"]) for r in found) == expected
 
 
 def test_rows_are_the_accuracies_of_the_merged_networks_on_test_images(result, zoo, merger):
@@ -214,14 +236,18 @@ def test_the_best_member_is_chosen_without_test_images(result, zoo):
     chosen = accuracy(family_logits(zoo.layout.program, families, inputs), targets).argmax(1)
     inputs, targets = split.images("test")
     scores = accuracy(family_logits(zoo.layout.program, families, inputs), targets)
+    row = row_of(result, "best member", 3, f"labelled:{IMAGES}")
     expected = float(scores[torch.arange(FAMILIES), chosen].mean())
-    assert row_of(result, "best member", 3)["accuracy_mean"] == pytest.approx(expected, abs=1e-6)
+    assert row["accuracy_mean"] == pytest.approx(expected, abs=1e-6)
+    mean = row_of(result, "mean member", 3)["accuracy_mean"]
+    assert mean == pytest.approx(float(scores.mean()), abs=1e-6)
 
 
 def test_training_on_all_segments_is_above_every_member(result):
     for members in SIZES:
         ceiling = row_of(result, "trained on all segments (ceiling)", members)
-        assert ceiling["accuracy_mean"] > row_of(result, "best member", members)["accuracy_mean"]
+        best = row_of(result, "best member", members, f"labelled:{IMAGES}")
+        assert ceiling["accuracy_mean"] > best["accuracy_mean"]
 
 
 # ------------------------------------------------------------------------------- what lies beside
@@ -232,30 +258,42 @@ def test_the_meta_file_says_what_was_compared(result, zoo, merger):
     assert meta["task"]["name"] == "digits"
     assert meta["zoo"]["digest"] == zoo.digest
     assert meta["images"] == {"segments": 948, "objective": 300, "validation": 100, "test": 449}
-    assert meta["seeds"] == {"zoo": 0, "merger": 0, "compare": 0}
-    assert meta["merger"]["card"] == read_card(merger)
+    assert meta["seeds"] == {"zoo": 0, "merger": {"gnn": 0}, "compare": 0}
+    told = meta["mergers"]["gnn"]
+    assert (told["folder"], told["kind"], told["foreign"]) == (merger, "gnn", False)
+    assert told["card"] == read_card(merger)
 
 
-def test_the_meta_file_holds_the_gates(result):
-    assert result.meta["gates"].keys() == {f"k{members}" for members in SIZES}
-    for gates in result.meta["gates"].values():
-        assert len(gates) >= 6
+def test_the_meta_file_holds_the_gates_and_how_near_training_networks_are(result):
+    told = result.meta["mergers"]["gnn"]
+    for name in ("gates", "forgotten_class_recall", "nearest_training"):
+        assert told[name].keys() == {f"k{members}" for members in SIZES}
+    for gates in told["gates"].values():
+        names = [gate["name"] for gate in gates]
+        assert names[-2:] == ["poisoned_member", "training_copies"]
+        assert len(set(names)) == len(names) == 9
         for gate in gates:
-            assert {"name", "value", "limit", "passed"} <= gate.keys()
             assert gate["passed"] == (gate["value"] <= gate["limit"])
+    for distances in told["nearest_training"].values():
+        assert 0.05 < distances["nearest"] <= distances["mean"]
 
 
-def test_differences_are_those_of_the_rows(result):
+def test_differences_are_those_of_the_rows_with_no_more_images(result):
+    by_label = {(one.label, one.members): one for one in result.scored}
+    seen = set()
     for told in result.meta["differences"]:
-        gnn = row_of(result, "gnn", told["members"])["accuracy_mean"]
-        rival = row_of(result, told["against"], told["members"])["accuracy_mean"]
-        assert told["difference"] == pytest.approx(gnn - rival, abs=2e-6)
+        own, rival = (by_label[told[who], told["members"]] for who in ("merger", "against"))
+        gap = float((own.accuracies - rival.accuracies).mean())
+        assert told["difference"] == pytest.approx(gap, abs=1e-6)
         assert told["half_width"] >= 0
+        assert own.data == "none" or rival.data in ("none", own.data)
+        seen |= {(own.method, rival.method)}
+    assert {rival for own, rival in seen if own == "gnn"} == set(RIVALS)
+    assert ("gnn, adapted", "trained from scratch") in seen
 
 
-def test_nothing_but_the_leaderboard_is_written(result):
-    names = {path.name for path in result.out.iterdir()}
-    assert names == {"leaderboard.json", "leaderboard.meta.json", "leaderboard.png"}
+def test_nothing_but_the_leaderboard_and_its_rows_is_written(result):
+    assert {path.name for path in result.out.iterdir()} == FILES
     assert (result.out / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -277,16 +315,20 @@ def runs(result):
     return client, client.search_runs(experiments)
 
 
+def run_name(row):
+    return f"{row['method']} K={row['members']}, {row['data']}"
+
+
 def test_the_run_has_one_level_of_children(result, runs):
     _, found = runs
     (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in found if run is not parent]
     assert parent.info.run_name == "compare digits"
-    assert parent.data.params["merger"] == result.options.merger
+    assert result.options.merger[0] in parent.data.params["merger"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.info.status for run in found} == {"FINISHED"}
     names = Counter(run.info.run_name for run in children)
-    assert names == Counter(f"{row['method']} K={row['members']}" for row in result.rows)
+    assert names == Counter(map(run_name, result.rows))
 
 
 def test_children_share_the_names_of_their_metrics(result, runs):
@@ -296,7 +338,7 @@ def test_children_share_the_names_of_their_metrics(result, runs):
         frozenset(KEYS - {"method", "members", "data", "control"})
     }
     for row in result.rows:
-        run = children[f"{row['method']} K={row['members']}"]
+        run = children[run_name(row)]
         assert math.isclose(run.data.metrics["accuracy_mean"], row["accuracy_mean"])
         assert run.data.params["data"] == row["data"]
 
@@ -307,65 +349,178 @@ def test_the_parent_holds_the_mergers_figures_and_the_files(result, runs):
     told = {f"gnn_accuracy_k{k}": row_of(result, "gnn", k)["accuracy_mean"] for k in SIZES}
     assert told.items() <= parent.data.metrics.items()
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert artifacts >= {path.name for path in result.out.iterdir()}
+    assert artifacts >= FILES - {"rows.jsonl"}
 
 
 # ------------------------------------------------------------------------------- again
 
 
-def test_the_same_comparison_of_one_size_gives_the_same_rows(result, work, monkeypatch):
+def test_the_same_comparison_of_one_size_gives_the_same_rows(result, work):
     """Without tracking nothing is tracked; only times differ."""
-    monkeypatch.setattr(comparison, "_gates", lambda *_: [])
-    options = CompareOptions(
-        merger=result.options.merger, out="again", members=(3,), tracking=False
-    )
-    rows = compare(options, Console(quiet=True))
+    options = replace(result.options, out="again", members=(3,), tracking=False)
+    rows = [one.row() for one in compare(options, Console(quiet=True)).scored]
     assert sorted(path.name for path in work.iterdir()) == ["again"]
 
     def kept(found):
-        return {r["method"]: {k: r[k] for k in KEYS - {"seconds"}} for r in found}
+        return {(r["method"], r["data"]): {k: r[k] for k in KEYS - {"seconds"}} for r in found}
 
     assert kept(rows) == kept(row for row in result.rows if row["members"] == 3)
+
+
+def test_finished_rows_are_not_made_again(result, monkeypatch):
+    for name in ("timed", "voted", "merge"):
+        monkeypatch.setattr(f"evaluation.bench.Bench.{name}", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("evaluation.compare.examine", lambda *_: 1 / 0)
+    found = compare(replace(result.options, tracking=False), Console(quiet=True))
+    assert [one.row() for one in found.scored] == result.rows
+    assert found.meta["mergers"]["gnn"]["gates"] == result.meta["mergers"]["gnn"]["gates"]
+
+
+def test_another_merger_in_the_same_folder_is_judged_anew(work, zoo):
+    scores = []
+    for rank in (4, 2):
+        folder = made_merger(work / "merger", zoo, rank=rank)
+        found = quick(merger=(folder,), members=(2,), out="out").scored
+        scores.append({s.method: (s.accuracies.tolist(), s.seconds) for s in found})
+    assert scores[0]["average"] == scores[1]["average"]  # kept, down to its seconds
+    assert scores[0]["gnn"][1] != scores[1]["gnn"][1]
+
+
+# ------------------------------------------------------------------------------- many mergers
+
+
+def test_several_mergers_are_named_by_their_folders_and_families_can_be_few(work, zoo, merger):
+    other = made_merger(work / "other", zoo, rank=2)
+    found = quick(merger=(merger, other), members=(2,), families=3, out="out")
+    assert {"merger", "other"} <= {s.method for s in found.scored}
+    assert list(found.meta["mergers"]) == ["merger", "other"]
+    assert {len(s.accuracies) for s in found.scored} == {3}
+    assert {d["merger"].partition(",")[0] for d in found.meta["differences"]} == {"merger", "other"}
+
+
+def test_a_merger_of_another_task_is_called_foreign(work, zoo, merger):
+    card = read_card(merger)
+    (told,) = card["zoos"]
+    elsewhere = {**told, "digest": "0" * 16, "task": {**told["task"], "digest": "another"}}
+    elsewhere["options"] = {**told["options"], "task": "elsewhere", "seed": 5, "objective": 77}
+    network = GNNMerger(GNNConfig(shapes=((1, 8, 8),), probes=16, width=8))
+    save_merger(network, work / "foreign", {**card, "zoos": [elsewhere]})
+    found = quick(merger=("foreign",), zoo=str(zoo.folder), members=(2,), out="out")
+    told = found.meta["mergers"]["gnn"]
+    assert told["foreign"] is True
+    assert told["nearest_training"] == {"k2": None}
+    assert "training_copies" not in {gate["name"] for gate in told["gates"]["k2"]}
+
+
+# ------------------------------------------------------------------------------- renamed classes
+
+
+@pytest.fixture(scope="module")
+def renamed_result(place, relabelled):
+    folder = made_merger(place / "of relabelled", relabelled)
+    options = CompareOptions(
+        merger=(folder,),
+        out=str(place / "renamed"),
+        unlabelled=(100,),
+        labelled=(60,),
+        full=False,
+        tracking=False,
+    )
+    found = compare(options, Console(quiet=True))
+    return {(one.method, one.data): one.accuracies for one in found.scored}, found.meta
+
+
+def test_families_are_judged_by_their_own_numbers_of_classes(renamed_result, relabelled):
+    scores, _ = renamed_result
+    inputs, targets = split_of(relabelled).images("test")
+    classes = Variants.from_records(relabelled.records("test", 2)).classes
+    for method, align in (("average", None), ("average, aligned", "weight_matching")):
+        addresses = [relabelled.address("test", 2, f) for f in range(FAMILIES)]
+        fused = stack([merge(a, method="average", align=align).weights for a in addresses])
+        logits = predict(relabelled.layout.program, fused, inputs)
+        assert torch.equal(scores[method, "none"], accuracy(logits, classes[:, targets]))
+    logits = family_logits(relabelled.layout.program, relabelled.families("test", 2), inputs)
+    expected = accuracy(logits, classes[:, targets][:, None]).mean(1)
+    assert torch.allclose(scores["mean member", "none"], expected, atol=1e-6)
+    assert float(accuracy(logits, targets).mean()) < 0.25  # by the task's numbers they know little
+
+
+def test_controls_and_methods_learn_from_the_labels_of_renamed_families(renamed_result):
+    scores = {row: float(found.mean()) for row, found in renamed_result[0].items()}
+    members = scores["mean member", "none"]
+    assert members > 0.4
+    assert scores["best member", "labelled:60"] >= members - 0.02
+    assert scores["best member, fine-tuned", "labelled:60"] > members
+    assert scores["trained on all segments (ceiling)", "segments"] > members
+    assert scores["distilled from best member", "unlabelled:100"] > members - 0.05
+    assert scores["gnn, then fine-tuned", "labelled:60"] > 0.4
+    assert scores["gnn, adapted", "labelled:60"] >= scores["gnn", "none"] - 0.1
+
+
+def test_null_mergers_do_not_know_what_a_family_calls_the_classes(renamed_result):
+    scores, meta = renamed_result
+    for which in ("mean", "best"):
+        assert float(scores[f"{which} network of the training zoo", "none"].mean()) < 0.3
+    gates = {gate["name"]: gate for gate in meta["mergers"]["gnn"]["gates"]["k2"]}
+    assert gates["label_permutation"]["passed"]
+    assert gates["identical_members"]["passed"]
+
+
+def test_null_mergers_know_a_task_whose_classes_keep_their_numbers(result):
+    best = row_of(result, "best network of the training zoo", 3)["accuracy_mean"]
+    assert best > row_of(result, "mean member", 3)["accuracy_mean"]
 
 
 # ------------------------------------------------------------------------------- what is refused
 
 
 def test_a_merger_that_is_not_there_is_refused(work):
-    refused(ConfigError, "'nothing'", "accelerate launch trainers/merger.py", merger="nothing")
+    refused(ConfigError, "'nothing'", "accelerate launch trainers/merger.py", merger=("nothing",))
     assert list(work.iterdir()) == []
 
 
 def test_a_folder_that_is_no_merger_is_refused(work):
     folder = save_checkpoint({"w": torch.zeros(2)}, work / "weights")
-    refused(Unreadable, "weights", "no merger", merger=str(folder))
+    refused(Unreadable, "weights", "no merger", merger=(str(folder),))
     assert [path.name for path in work.iterdir()] == ["weights"]
 
 
 def test_a_zoo_that_is_not_there_is_refused(work, merger):
-    refused(ZooError, "nowhere: no zoo here", "zoo.build", merger=merger, zoo="nowhere")
+    refused(ZooError, "nowhere: no zoo here", "zoo.build", merger=(merger,), zoo="nowhere")
     assert list(work.iterdir()) == []
 
 
 def test_a_zoo_with_other_test_images_than_the_mergers_is_refused(work, zoo, merger):
     other = build(replace(options_from(zoo.options), out=str(work / "other"), seed=1, epochs=0.1))
     told = ("seed", "test images", "trained on")
-    refused(ConfigError, *told, merger=merger, zoo=str(other.folder), out="out")
+    refused(ConfigError, *told, merger=(merger,), zoo=str(other.folder), out="out")
     assert not (work / "out").exists()
 
 
 def test_a_number_of_members_that_the_zoo_does_not_have_is_refused(work, merger):
-    refused(ConfigError, "members", "(2, 3)", "[8]", merger=merger, members=(2, 8))
+    refused(ConfigError, "members", "(2, 3)", "[8]", merger=(merger,), members=(2, 8))
     assert list(work.iterdir()) == []
 
 
-def test_a_merger_for_other_inputs_than_the_zoos_is_refused(work, zoo, merger):
-    """Its probes are 4x4, the digits are 8x8."""
-    other = GNNMerger(GNNConfig(input_shape=(1, 4, 4), probes=8, width=8))
-    save_merger(other, work / "other", read_card(merger))
-    told = ("(1, 8, 8)", "(1, 4, 4)", "train a merger")
-    refused(IncompatibleWeights, *told, merger=str(work / "other"), out="out")
-    assert not (work / "out").exists()
+def test_mergers_of_several_zoos_want_to_know_where_they_are_judged(work, zoo, merger):
+    card = read_card(merger)
+    both = [*card["zoos"], {**card["zoos"][0], "digest": "another"}]
+    network = GNNMerger(GNNConfig(shapes=((1, 8, 8),), probes=16, width=8))
+    save_merger(network, work / "both", {**card, "zoos": both})
+    refused(ConfigError, "2 zoos", "--zoo", merger=("both",))
+
+
+def test_a_zoo_whose_families_see_other_images_is_refused(work, zoo, merger):
+    own = {"out": str(work / "other"), "flip_families": True, "epochs": 0.1, "test_families": 1}
+    other = build(replace(options_from(zoo.options), **own))
+    told = ("flip_families", "whatever these call the classes")
+    refused(ConfigError, *told, merger=(merger,), zoo=str(other.folder), out="out")
+
+
+@pytest.mark.parametrize("name", ["labelled", "unlabelled"])
+def test_one_image_is_no_budget(name):
+    with pytest.raises(ConfigError, match=f"{name}: expected 0 or at least 2"):
+        CompareOptions(**{name: (1,)})
 
 
 def test_the_command_ends_with_a_message_and_no_traceback(work, monkeypatch, capsys):

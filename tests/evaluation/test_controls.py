@@ -144,11 +144,10 @@ def test_votes_by_hand():
     layout = Layout(program, discover_program(program))
     # Logits of class 0 are w * x, of class 1 zero: one sure voice against two unsure ones.
     weights = torch.tensor([[[5.0], [0.0]], [[-0.1], [0.0]], [[-0.1], [0.0]]])
-    found = controls.votes({"0.weight": weights[None]}, layout, torch.tensor([[1.0], [-1.0]]))
-    assert {key: value.tolist() for key, value in found.items()} == {
-        "soft_vote": [[0, 1]],
-        "majority_vote": [[1, 0]],
-    }
+    inputs = torch.tensor([[1.0], [-1.0]])
+    logits = family_logits(layout.program, {"0.weight": weights[None]}, inputs)
+    assert controls.soft_vote(logits).tolist() == [[0, 1]]
+    assert controls.majority(logits).tolist() == [[1, 0]]
 
 
 # ---------------------------------------------------------------------------- output biases
@@ -298,7 +297,7 @@ def test_fitted_ensembles_beat_the_vote(digits_zoo, budget):
         said = controls.ensembles(two, layout, budget, inputs, kind=kind)
         return float((said.argmax(-1) == targets).float().mean())
 
-    vote = controls.votes(two, layout, inputs)["soft_vote"]
+    vote = controls.soft_vote(family_logits(layout.program, two, inputs))
     known = float((vote == targets).float().mean())
     assert min(map(score, ("learned_consensus", "gated_consensus"))) > known + 0.03
     assert score("soft_vote") == pytest.approx(known, abs=1e-6)
@@ -347,7 +346,7 @@ def test_distillation_improves_the_start_towards_the_ensemble(start, families, d
     layout = digits_zoo.layout
     weights, _ = controls.distilled(start, families, layout, budget)
     inputs = digits_zoo.split.images("test")[0]
-    vote = controls.votes(families, layout, inputs)["soft_vote"]
+    vote = controls.soft_vote(family_logits(layout.program, families, inputs))
 
     def agrees(weights):
         return float((predict(layout.program, weights, inputs).argmax(-1) == vote).float().mean())

@@ -17,6 +17,7 @@ from evaluation.gates import (
 )
 from evaluation.metrics import accuracy, family_logits
 from zoo.training import init_networks, predict, train_networks
+from zoo.variants import renamed
 
 NAMES = [
     "garbage_gaussian",
@@ -26,6 +27,7 @@ NAMES = [
     "hidden_permutation",
     "member_order",
     "identical_members",
+    "poisoned_member",
 ]
 GARBAGE = {"garbage_gaussian", "garbage_shuffled"}
 
@@ -105,7 +107,7 @@ def select(chosen, yes, no):
 
 
 def test_a_trained_merger_passes_all_gates(judge, digits_zoo, trained_merger):
-    gates = judge(lambda members: trained_merger(members, digits_zoo.layout))
+    gates = judge(lambda members: trained_merger(members, digits_zoo.layout).weights)
     assert [gate.name for gate in gates] == NAMES
     assert [gate.name for gate in gates if not gate.passed] == []
 
@@ -115,13 +117,17 @@ def test_a_merger_with_noise_on_its_parameters_passes_all_gates(failed, digits_z
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    assert failed(lambda members: noisy(members, digits_zoo.layout)) == set()
+    assert failed(lambda members: noisy(members, digits_zoo.layout).weights) == set()
 
 
-@pytest.mark.parametrize("members", [2, 3, 4])
-def test_the_average_of_aligned_members_passes_all_gates(failed, digits_zoo, members):
+@pytest.mark.parametrize(
+    ("members", "expected"), [(2, {"poisoned_member"}), (3, set()), (4, set())]
+)
+def test_the_average_of_aligned_members_passes_all_gates_but_that_of_poison_among_two(
+    failed, digits_zoo, members, expected
+):
     families = {key: tensor[:, :members] for key, tensor in digits_zoo.unseen.items()}
-    assert failed(average, families) == set()
+    assert failed(average, families) == expected
 
 
 def test_the_gates_change_no_weights(judge, digits_zoo):
@@ -142,8 +148,8 @@ def test_a_constant_network_fails_every_gate_that_looks_at_the_members(failed, k
     def constant(members):
         return {key: kept[key].expand(len(t), *kept[key].shape[1:]) for key, t in members.items()}
 
-    symmetric = {"hidden_permutation", "member_order"}  # nothing in, nothing to move
-    assert failed(constant) == set(NAMES) - symmetric
+    unmoved = {"hidden_permutation", "member_order", "poisoned_member"}  # nothing in
+    assert failed(constant) == set(NAMES) - unmoved
 
 
 def test_a_merger_that_memorises_labels_fails_when_they_are_renamed(failed, kept, trained):
@@ -151,7 +157,8 @@ def test_a_merger_that_memorises_labels_fails_when_they_are_renamed(failed, kept
         # No constant network: garbage gives garbage, and copies of one network give it back.
         return select(trained(members) & ~copies(members), kept, average(members))
 
-    assert failed(memory) == {"label_permutation", "output_cosine"}
+    assert failed(memory) >= {"label_permutation", "output_cosine"}
+    assert failed(memory).isdisjoint(GARBAGE | {"identical_members", "member_order"})
 
 
 def test_a_merger_that_reads_but_the_names_of_classes_names_one_that_no_member_knows(
@@ -202,7 +209,7 @@ def test_a_merger_that_takes_the_first_member_fails_on_the_order(failed):
     def first(members):
         return {key: tensor[:, 0] for key, tensor in members.items()}
 
-    assert failed(first) == {"member_order"}
+    assert failed(first) == {"member_order", "poisoned_member"}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -257,7 +264,52 @@ def test_a_merger_that_puts_out_nan_for_garbage_fails_on_garbage(failed, trained
         nothing = {key: torch.full_like(tensor, torch.nan) for key, tensor in fused.items()}
         return select(trained(members), fused, nothing)
 
-    assert failed(refusing) == GARBAGE
+    assert failed(refusing) == GARBAGE | {"poisoned_member"}  # one of four deceives ``trained``
+
+
+def test_a_merger_that_asks_who_knows_anything_is_not_poisoned(failed, digits_zoo):
+    inputs, targets = digits_zoo.objective
+
+    def careful(members):
+        scores = accuracy(family_logits(digits_zoo.layout.program, members, inputs), targets)
+        known = torch.maximum(scores > 0.25, scores == scores.amax(1, keepdim=True)).float()
+        share = known / known.sum(1, keepdim=True)  # [f, m]
+        return {k: torch.einsum("fm...,fm->f...", t, share) for k, t in members.items()}
+
+    assert "poisoned_member" not in failed(careful)
+
+
+def test_poison_costs_what_the_merger_scores_less_than_without_that_member(judge, kept, digits_zoo):
+    def touchy(members):
+        count, size = members["3.bias"].shape[:2]
+        return {k: t.expand(count, *t.shape[1:]) * float(size == 3) for k, t in kept.items()}
+
+    inputs, targets = digits_zoo.validation
+    known = float(accuracy(predict(digits_zoo.layout.program, kept, inputs), targets))
+    silent = float((targets == 0).float().mean())  # of equal logits the first is the largest
+    gate = judge(touchy)[-1]
+    assert gate.name == "poisoned_member"
+    assert gate.value == pytest.approx(known - silent, abs=1e-6)
+    assert not gate.passed
+
+
+def test_families_with_numbers_of_their_own_are_judged_by_their_own_labels(judge, kept, digits_zoo):
+    families, layout = digits_zoo.unseen, digits_zoo.layout
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.rand(len(families["1.weight"]), 10, generator=generator).argsort(-1)
+    own = renamed(families, layout, labels.argsort(-1))
+    gates = {gate.name: gate for gate in judge(average, own, labels=labels)}
+    assert all(gate.passed for gate in gates.values())
+    where = (own, layout, *digits_zoo.validation)
+    assert forgotten_class_recall(average, *where, labels=labels) < 0.1
+
+    def first(members):
+        return {key: tensor[:, 0] for key, tensor in members.items()}
+
+    # What the members know is what the labels say, class by class.
+    plain = judge(first)[-1].value
+    assert judge(first, own, labels=labels)[-1].value == pytest.approx(plain, abs=0.03)
+    assert abs(judge(first, own)[-1].value) < abs(plain) / 2  # by the task's numbers all is chance
 
 
 # ---------------------------------------------------------------------------- their parts

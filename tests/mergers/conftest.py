@@ -49,12 +49,10 @@ def mlp_case():
 def make_merger():
     """Make a merger; with noise on every parameter no head is zero, and each part has its say."""
 
-    def make(noise=0.1, *, shape=SHAPE, grad=False, **config):
+    def make(noise=0.1, *, shapes=(SHAPE,), grad=False, **config):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            merger = GNNMerger(
-                GNNConfig(input_shape=shape, **{"probes": 48, "width": 12, **config})
-            )
+            merger = GNNMerger(GNNConfig(**{"probes": 48, "shapes": shapes, "width": 12, **config}))
             for parameter in merger.parameters():
                 parameter.add_(noise * torch.randn(parameter.shape))
         return merger.requires_grad_(grad)

@@ -7,14 +7,41 @@ import torch
 
 from metamerge.checkpoints import save_checkpoint
 from metamerge.errors import CheckpointError, ConfigError, IncompatibleWeights, Unreadable
-from metamerge.mergers import GNNConfig, load_merger, read_card, save_merger
+from metamerge.mergers import (
+    AutoencoderConfig,
+    AutoencoderMerger,
+    GNNConfig,
+    GNNMerger,
+    load_merger,
+    read_card,
+    save_merger,
+)
 
+SHAPES = ((1, 8, 8),)
 CARD = {"options": {"seed": 3}, "validation": {"accuracy": 0.75}, "note": "größer"}
 
 
-@pytest.fixture
-def merger(make_merger):
-    return make_merger(prior=3, rank=2, rounds=1)
+def make(config):
+    """A merger of either kind, with noise on every parameter."""
+    made = GNNMerger if isinstance(config, GNNConfig) else AutoencoderMerger
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        merger = made(config)
+        for parameter in merger.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return merger.requires_grad_(False)
+
+
+CONFIGS = {
+    "gnn": GNNConfig(probes=48, shapes=SHAPES, width=12, rounds=1, rank=2, prior=3),
+    "autoencoder": AutoencoderConfig(probes=48, shapes=SHAPES, width=12, rounds=1, size=9),
+    "bottleneck": AutoencoderConfig(probes=48, shapes=SHAPES, width=12, skip=False),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def merger(request):
+    return make(CONFIGS[request.param])
 
 
 @pytest.fixture
@@ -33,18 +60,18 @@ def rewrite(folder, change):
 def test_a_merger_comes_back_as_it_was_saved(merger, folder, mlp_case):
     loaded = load_merger(folder)
     assert loaded.config == merger.config
-    assert loaded.config == GNNConfig((1, 8, 8), 48, 12, 1, 2, 3, True)
+    assert type(loaded) is type(merger)
     assert not loaded.training
     state = loaded.state_dict()
     assert list(state) == list(merger.state_dict())
     assert all(torch.equal(state[key], tensor) for key, tensor in merger.state_dict().items())
-    expected = merger(mlp_case.members, mlp_case.layout)
-    found = loaded(mlp_case.members, mlp_case.layout)
+    expected = merger(mlp_case.members, mlp_case.layout).weights
+    found = loaded(mlp_case.members, mlp_case.layout).weights
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-def test_parts_that_are_switched_off_stay_off(make_merger, tmp_path):
-    bare = make_merger(gate=False, rank=0, prior=0)
+def test_parts_that_are_switched_off_stay_off(tmp_path):
+    bare = make(GNNConfig(shapes=SHAPES, gate=False, rank=0, prior=0))
     loaded = load_merger(save_merger(bare, tmp_path / "bare", {}))
     assert loaded.gate is None
     assert list(loaded.state_dict()) == list(bare.state_dict())
@@ -54,8 +81,8 @@ def test_the_card_comes_back(folder):
     assert read_card(folder) == CARD
 
 
-def test_a_merger_replaces_an_older_one(folder, make_merger):
-    save_merger(make_merger(width=6), folder, {"newer": True})
+def test_a_merger_replaces_an_older_one(folder):
+    save_merger(make(GNNConfig(shapes=SHAPES, width=6)), folder, {"newer": True})
     assert load_merger(folder).config.width == 6
     assert read_card(folder) == {"newer": True}
 
@@ -77,6 +104,19 @@ def test_another_checkpoint_is_no_merger(tmp_path, read):
     save_checkpoint({"0.weight": torch.zeros(2)}, tmp_path / "other", metadata={"epochs": 3})
     with pytest.raises(Unreadable, match="is no merger"):
         read(tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["transformer", None, ["gnn"]])
+def test_a_kind_that_nobody_knows_is_refused(folder, kind):
+    rewrite(folder, lambda metadata: metadata.update(kind=kind))
+    with pytest.raises(Unreadable, match="is no merger"):
+        load_merger(folder)
+
+
+def test_what_is_wrong_with_a_configuration_is_said(folder):
+    rewrite(folder, lambda metadata: metadata["config"].update(invention=1))
+    with pytest.raises(Unreadable, match=r"unknown: \['invention'\].*version of metamerge that"):
+        load_merger(folder)
 
 
 def test_an_empty_folder_is_no_merger(tmp_path):
@@ -113,9 +153,12 @@ def test_weights_of_another_configuration_are_refused(folder):
         lambda metadata: metadata.update(config=None),
         lambda metadata: metadata.update(config=[]),
         lambda metadata: metadata["config"].update(invention=1),
-        lambda metadata: metadata["config"].pop("input_shape"),
+        lambda metadata: metadata["config"].pop("shapes"),
         lambda metadata: metadata["config"].update(width="wide"),
         lambda metadata: metadata["config"].update(probes=-1),
+        lambda metadata: metadata.update(
+            kind="autoencoder" if "rank" in metadata["config"] else "gnn"
+        ),
     ],
 )
 def test_a_configuration_that_is_none_is_refused(folder, change):

@@ -7,13 +7,15 @@ from metamerge.mergers.messages import LinearMessage, MessageRound
 
 WIDTH, FAMILIES, MEMBERS = 6, 2, 3
 SIZES = {"inputs": 5, "hidden": 4, "outputs": 2}
-# Two layers between the same spaces, one that skips, and one from a space to itself.
+# Two layers between the same spaces, one that skips, one from a space to itself, one that reads
+# two spaces of which all members share the first, and one that writes two.
 LAYERS = [
-    ("inputs", "hidden"),
-    ("inputs", "hidden"),
-    ("inputs", "outputs"),
-    ("hidden", "hidden"),
-    ("hidden", "outputs"),
+    (("inputs",), ("hidden",)),
+    (("inputs",), ("hidden",)),
+    (("inputs",), ("outputs",)),
+    (("hidden",), ("hidden",)),
+    (("inputs", "hidden"), ("outputs",)),
+    (("hidden",), ("outputs", "hidden")),
 ]
 
 
@@ -25,7 +27,11 @@ def make_graph(dtype=torch.float32, device="cpu"):
         return drawn.to(device)
 
     states = {space: draw(n, WIDTH) for space, n in SIZES.items()}
-    edges = [(come, to, draw(SIZES[to], SIZES[come])) for come, to in LAYERS]
+    states["inputs"] = states["inputs"][:, :1]  # all members read the same inputs
+    edges = [
+        (come, to, draw(sum(SIZES[s] for s in to), sum(SIZES[s] for s in come)))
+        for come, to in LAYERS
+    ]
     return states, edges
 
 
@@ -55,7 +61,7 @@ def test_a_message_of_two_edges():
 def test_the_sparse_path_equals_the_dense_path():
     states, edges = make_graph()
     update = make_round()
-    # Sums of at most 14 products of size 1: rounding of a few 1e-7.
+    # Sums of at most 18 products of size 1: rounding of a few 1e-7.
     assert_equal(update(states, edges, sparse=True), update(states, edges), 1e-5)
 
 
@@ -63,21 +69,27 @@ def test_the_sparse_path_equals_the_dense_path():
 def test_a_round_equals_a_loop_over_edges(sparse):
     states, edges = make_graph(torch.float64)
     update = make_round(torch.float64)
+    own = {space: state.expand(-1, MEMBERS, -1, -1) for space, state in states.items()}
+    along, back = (
+        {space: torch.zeros_like(state) for space, state in own.items()} for _ in range(2)
+    )
+    for come, to, weights in edges:
+        rows = [(space, i) for space in to for i in range(SIZES[space])]
+        columns = [(space, j) for space in come for j in range(SIZES[space])]
+        for r, (target, i) in enumerate(rows):
+            for c, (source, j) in enumerate(columns):
+                w = weights[:, :, r, c, None]
+                sent, answered = own[source][:, :, j], own[target][:, :, i]
+                along[target][:, :, i] += w / len(columns) ** 0.5 * update.along.lin(sent)
+                back[source][:, :, j] += w / len(rows) ** 0.5 * update.back.lin(answered)
     expected = {}
     for space, state in states.items():
-        along, back = torch.zeros_like(state), torch.zeros_like(state)
-        for come, to, weights in edges:
-            rows, columns = weights.shape[-2:]
-            for i in range(rows):
-                for j in range(columns):
-                    w = weights[:, :, i, j, None]
-                    if to == space:
-                        along[:, :, i] += w / columns**0.5 * update.along.lin(states[come][:, :, j])
-                    if come == space:
-                        back[:, :, j] += w / rows**0.5 * update.back.lin(states[to][:, :, i])
-        pooled = [state.mean(1), state.max(1).values]
-        pooled = [p[:, None].expand_as(state) for p in pooled]
-        expected[space] = state + update.update(torch.cat([state, along, back, *pooled], -1))
+        received = [part[space] for part in (along, back)]
+        if space == "inputs":  # one state for all members: they hear the mean of what is said
+            received = [part.mean(1, keepdim=True) for part in received]
+        pooled = [state.mean(1, keepdim=True), state.max(1, keepdim=True).values]
+        pooled = [part.expand_as(state) for part in pooled]
+        expected[space] = state + update.update(torch.cat([state, *received, *pooled], -1))
     assert_equal(update(states, edges, sparse=sparse), expected, 1e-12)
 
 
@@ -92,9 +104,22 @@ def test_messages_stay_within_their_network(sparse):
     for _, _, weights in changed:
         weights[0, 1] += 1
     after = update(states, changed, sparse=sparse)
-    for space in states:
+    for space in ("hidden", "outputs"):
         moved = (after[space] - before[space]).abs().amax((2, 3)) > 1e-3
         assert moved.tolist() == [[False, True, False], [False, False, False]]
+    moved = (after["inputs"] - before["inputs"]).abs().amax((2, 3)) > 1e-3
+    assert moved.tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_without_edges_nothing_is_received(sparse):
+    states, _ = make_graph()
+    update = make_round()
+    found = update(states, [], sparse=sparse)
+    with torch.no_grad():
+        for message in (update.along, update.back):
+            message.lin.weight.zero_()
+    assert_equal(found, update(states, make_graph()[1]), 0)
 
 
 def test_members_hear_of_each_other_and_families_do_not():
@@ -102,17 +127,17 @@ def test_members_hear_of_each_other_and_families_do_not():
     update = make_round()
     before = update(states, edges)
     changed = {space: state.clone() for space, state in states.items()}
-    for state in changed.values():
-        state[0, 1] += 1
+    for space in ("hidden", "outputs"):
+        changed[space][0, 1] += 1
     after = update(changed, edges)
-    for space in states:
+    for space, state in states.items():
         moved = (after[space] - before[space]).abs().amax((2, 3)) > 1e-3
-        assert moved.tolist() == [[True] * 3, [False] * 3]
+        assert moved.tolist() == [[True] * state.shape[1], [False] * state.shape[1]]
 
 
 def test_messages_are_linear_in_the_weight():
     states, edges = make_graph(torch.float64)
-    come, _, weights = edges[0]
+    (come,), _, weights = edges[0]
     message = make_round(torch.float64).along
     single, double = (message.dense(states[come], factor * weights) for factor in (1, 2))
     assert torch.allclose(double, 2 * single, atol=1e-12)
@@ -128,7 +153,7 @@ def test_the_mean_message_does_not_grow_with_the_fan_in():
             "outputs": torch.zeros(1, 1, 200, WIDTH),
         }
         weights = torch.randn(1, 1, 200, columns, generator=generator)
-        received = update._dense(states, [("inputs", "outputs", weights)])["outputs"][0]
+        received = update._dense(states, [(("inputs",), ("outputs",), weights)])["outputs"][0]
         sizes[columns] = float(received.std())
     assert sizes[1024] == pytest.approx(sizes[16], rel=0.3)
 

@@ -103,6 +103,56 @@ def test_only_families_below_their_threshold_get_a_gradient():
         assert torch.allclose(logits.grad[family], own.grad, atol=1e-7)
 
 
+# ---------------------------------------------------------------------------- kinds of targets
+
+
+def test_classes_may_be_numbered_by_every_family():
+    logits, targets = three_families()
+    own = torch.stack([targets, 1 - targets, targets])
+    thresholds = torch.tensor([0.9, 0.5, 0.1])
+    loss, accuracy = ThresholdObjective(softness=0.3).loss(logits, own, thresholds)
+    assert accuracy.tolist() == [1.0, 0.5, 0.0]
+    swapped = torch.stack([logits[0], logits[1].flip(-1), logits[2]])
+    expected, _ = ThresholdObjective(softness=0.3).loss(swapped, targets, thresholds)
+    assert float(loss) == pytest.approx(float(expected))
+    everyone = targets.expand(3, -1)
+    same, _ = ThresholdObjective(softness=0.3).loss(logits, everyone, thresholds)
+    assert float(same) == float(
+        ThresholdObjective(softness=0.3).loss(logits, targets, thresholds)[0]
+    )
+
+
+def test_probabilities_that_are_certain_are_classes():
+    logits, targets = three_families()
+    own = torch.stack([targets, 1 - targets, targets])
+    thresholds = torch.tensor([0.9, 0.5, 0.1])
+    objective = ThresholdObjective(softness=0.3)
+    loss, agreement = objective.loss(logits, F.one_hot(own, 2).float(), thresholds)
+    expected, accuracy = objective.loss(logits, own, thresholds)
+    assert float(loss) == pytest.approx(float(expected))
+    assert torch.equal(agreement, accuracy)
+
+
+def test_probabilities_are_imitated_by_hand():
+    wanted = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]])
+    logits = torch.tensor([[[log(3), 0.0], [0.0, log(3)]]])  # probabilities 3/4 1/4 and 1/4 3/4
+    loss, agreement = ThresholdObjective().loss(logits, wanted, torch.ones(1))
+    first = -(0.75 * log(0.75) + 0.25 * log(0.25))
+    second = -(0.5 * log(0.25) + 0.5 * log(0.75))
+    assert float(loss) == pytest.approx((first + second) / 2)  # sigmoid(25) is 1
+    assert float(agreement) == 0.5  # of the second, the first of two equals is the likeliest
+
+
+def test_probabilities_get_no_gradient_at_what_they_ask_for():
+    wanted = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    logits = wanted.log().requires_grad_()
+    ThresholdObjective(headroom=1.0).loss(logits, wanted, torch.ones(2))[0].backward()
+    assert float(logits.grad.abs().max()) < 1e-7
+
+
+# ---------------------------------------------------------------------------- settings
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

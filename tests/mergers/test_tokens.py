@@ -87,7 +87,7 @@ def test_scaling_a_layer_of_all_members_leaves_the_tokens_on_both_its_sides(case
         for key in (layer.weight, layer.bias):
             scaled[key] = 64 * scaled[key]  # exact in floating point
         after = tokens(case, scaled)
-        for space in (layer.source, layer.target):
+        for space in (*layer.sources, *layer.targets):
             assert torch.allclose(after[space], before[space], atol=1e-4), (layer.weight, space)
 
 
@@ -97,7 +97,7 @@ def test_a_member_that_differs_shows_in_its_token(case):
         changed = {key: t.clone() for key, t in case.members.items()}
         changed[layer.weight][:, 1] *= 2
         after = tokens(case, changed)
-        for space in (layer.source, layer.target):
+        for space in (*layer.sources, *layer.targets):
             moved = (after[space] - before[space]).abs().amax((2, 3))
             assert (moved[:, 1] > 1e-2).all(), (layer.weight, space)
 

@@ -1,11 +1,13 @@
 """What every registered method must do. A new method is tested before its author writes a test."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
 
 from metamerge.declaration import REQUIRED, RESOURCES, bind
-from metamerge.mergers.gnn import GNNConfig, GNNMerger
+from metamerge.mergers import AutoencoderConfig, AutoencoderMerger, GNNConfig, GNNMerger
 from metamerge.registry import get_method, list_methods
 from metamerge.structure import Layout, discover_program, run, trace
 from metamerge.weights import stack
@@ -63,11 +65,17 @@ def make_members(count=4, dtypes=(torch.float32,), seed=0):
     return members
 
 
-def make_merger():
+@cache
+def make_merger(name):
     """Untrained, but with noise on all parameters: no head is zero."""
+    fixed = {"probes": 64, "width": 8, "shapes": ((6,),)}
+    if name == "autoencoder":
+        config, kind = AutoencoderConfig(**fixed, size=4), AutoencoderMerger
+    else:
+        config, kind = GNNConfig(**fixed), GNNMerger
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
-        merger = GNNMerger(GNNConfig(input_shape=(6,), probes=64, width=8), torch.randn(64, 6))
+        merger = kind(config, {(6,): torch.randn(64, 6)})
         for parameter in merger.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
         merger.strength.add_(0.8)  # the refit takes part in full
@@ -83,7 +91,7 @@ def make_resources(seed=0):
         "labels": torch.arange(40) % 3,
         "report": {},
         "generator": torch.Generator().manual_seed(seed),
-        "merger": make_merger(),
+        "merger": make_merger("gnn"),
     }
     assert made.keys() == RESOURCES.keys()
     return made
@@ -98,7 +106,8 @@ def fuse(name, weights, resources=None, *, neutral=False):
         if default is REQUIRED or (method.ordered and o in VALUES)
     }
     options |= method.neutral if neutral else {}
-    return method.function(weights, **bind(method, resources or make_resources(), options))
+    resources = (resources or make_resources()) | {"merger": make_merger(name)}
+    return method.function(weights, **bind(method, resources, options))
 
 
 def assert_close(found, expected, tolerance):
@@ -234,6 +243,6 @@ def test_different_members_do_not_come_back_as_one_of_them(name):
 def test_gradients_reach_every_kind_of_tensor_of_the_members(name):
     members = make_members()
     leaves = [member["3.weight"].requires_grad_() for member in members]
-    fused = fuse(name, members)
+    fused = fuse(name, members, neutral=True)  # fine-tuning to labels would end all gradients
     fused["3.weight"].square().sum().backward()
     assert any(leaf.grad is not None and float(leaf.grad.abs().sum()) > 0 for leaf in leaves)

@@ -250,3 +250,12 @@ def test_networks_that_use_a_layer_twice_are_refused():
     for method in (zipit, unit_clusters, pleas):
         with pytest.raises(StructureError, match="used by several layers"):
             method([model.state_dict()] * 2, layout=layout, batches=torch.zeros(4, 4))
+
+
+def test_networks_with_more_than_one_group_per_axis_are_refused_before_anything_is_computed(wired):
+    weights = [{key: t[0, m] for key, t in wired.members.items()} for m in range(2)]
+    for method in (zipit, unit_clusters, pleas):
+        with pytest.raises(
+            StructureError, match=r"Align and average such networks|Give each a copy"
+        ):
+            method(weights, layout=wired.layout, batches=wired.inputs)

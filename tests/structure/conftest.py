@@ -141,7 +141,7 @@ class Written(nn.Module):
 class Network:
     """A row of the table: how to build it, what it reads, what must be found.
 
-    ``layered`` says whether what goes layer by layer can follow it.
+    ``layered`` says whether it is nothing but layers of one group per axis, each used once.
     """
 
     build: Callable[[], nn.Module]
@@ -430,7 +430,7 @@ def network(request):
 
 @pytest.fixture(scope="session", params=LAYERED)
 def layered(request):
-    """Every network whose layers can be followed, in turn."""
+    """Every network of nothing but layers of one group per axis, in turn."""
     return NETWORKS[request.param]
 
 

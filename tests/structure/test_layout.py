@@ -172,19 +172,21 @@ def test_the_layers_of_every_network_are_its_linear_maps_and_convolutions(layere
     assert sorted(layer.weight for layer in layered.layout.layers) == sorted(modules)
 
 
-def test_networks_that_cannot_be_followed_layer_by_layer_have_a_spec_all_the_same(networks):
-    others = {name: network for name, network in networks.items() if not network.layered}
-    assert others
-    for name, network in others.items():
+def test_plain_networks_are_those_of_layers_with_one_group_per_axis(networks):
+    for name, network in networks.items():
         assert network.layout.spec.groups, name
+        assert network.layout.layers, name
+        if network.layered:
+            network.layout.check_plain()
+            continue
         with pytest.raises(StructureError):
-            _ = network.layout.layers
+            network.layout.check_plain()
 
 
 def refused(layout):
-    """What a layout says that cannot be followed layer by layer."""
+    """What a layout says of a network that is no plain one."""
     with pytest.raises(StructureError) as caught:
-        _ = layout.layers
+        layout.check_plain()
     return str(caught.value)
 
 
@@ -213,8 +215,17 @@ def test_tensors_that_two_layers_share_are_refused_by_name(weight, bias):
     assert (".bias'" in message) == bias
 
 
+@pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True), (True, True)])
+def test_layers_that_share_a_tensor_say_so(weight, bias):
+    layers = layout_of(Shared(weight, bias), 4).layers
+    assert [layer.shared for layer in layers] == [False, True, True, False]
+
+
 def test_nothing_shared_is_not_refused():
-    assert len(layout_of(Shared(False, False), 4).layers) == 4
+    layout = layout_of(Shared(False, False), 4)
+    layout.check_plain()
+    assert layout.unshared == layout.layers
+    assert len(layout.layers) == 4
 
 
 class Scaled(nn.Module):
@@ -233,6 +244,13 @@ def test_a_computed_weight_is_refused_by_name():
     message = refused(layout_of(Scaled(), 4))
     assert message.startswith("enter.weight: is read by aten.mul.Tensor (mul)")
     assert "Align and average such networks." in message
+
+
+def test_a_computed_weight_is_no_layer_and_mixed_along_its_rows():
+    layout = layout_of(Scaled(), 4)
+    assert [layer.weight for layer in layout.layers] == ["leave.weight"]
+    axis, units = layout.carried["enter.weight"]
+    assert (axis, units.spaces) == (0, ("enter",))
 
 
 def test_a_vector_that_is_computed_is_refused_where_a_layer_reads_it():
@@ -293,10 +311,15 @@ def test_a_fixed_batch_is_refused():
         def forward(self, x):
             return self.enter(x)[0]
 
-    assert "whatever the size of the batch" in refused(layout_of(First(), 4))
+    layout = layout_of(First(), 4)
+    assert "whatever the size of the batch" in refused(layout)
+    with pytest.raises(StructureError, match="whatever the size of the batch"):
+        _ = layout.layers
 
 
 def test_a_network_that_cannot_be_traced_has_a_layout_without_layers(networks):
     layout = Layout(None, networks["mlp"].spec)
     assert layout.spec.groups == {"0": 7, "2": 6}
     assert "cannot be traced" in refused(layout)
+    with pytest.raises(StructureError, match="cannot be traced"):
+        _ = layout.layers

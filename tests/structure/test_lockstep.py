@@ -268,6 +268,41 @@ def test_linear_maps_and_convolutions_are_never_mapped(networks, mapped):
     assert mapped == []
 
 
+class Attending(nn.Module):
+    """Attention in which all networks look at the same keys, with or without a mask."""
+
+    def __init__(self, mask, causal):
+        super().__init__()
+        self.q, self.v, self.leave = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.register_buffer("mask", mask, persistent=False)
+        self.causal = causal
+
+    def forward(self, x):  # [b, 4, 6]
+        q, k, v = (y.unflatten(-1, (2, 3)).transpose(1, 2) for y in (self.q(x), x, self.v(x)))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal)
+        return self.leave(x.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("mask", "causal", "alone"),
+    [
+        (None, False, False),
+        (None, True, False),
+        (torch.tensor([[0.0, -1.0, 2.0, 0.5]] * 4), False, False),
+        (torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)), False, True),
+    ],
+)
+def test_attention_of_all_networks_is_one_batch_unless_its_mask_has_more_axes(
+    make_network, mapped, mask, causal, alone
+):
+    network = make_network(lambda: Attending(mask, causal), (4, 6))
+    weights, rows = network.weights(COUNT), network.inputs(5)
+    found = run(network.program.in_float64(), weights, [rows], stacked=True)
+    for i in range(COUNT):
+        assert_same(found[i], network.outputs({k: t[i] for k, t in weights.items()}, rows))
+    assert ("scaled_dot_product_attention.default" in mapped) == alone
+
+
 @pytest.mark.parametrize("own_inputs", [False, True])
 def test_lists_of_tensors_are_mapped_whether_stacked_or_shared(make_network, own_inputs):
     class Joined(nn.Module):

@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +19,11 @@ from metamerge.checkpoints import read_checkpoints
 from metamerge.errors import ConfigError
 from metamerge.mergers import load_merger, read_card
 from metamerge.weights import stack
+from trainers.finishing import ENOUGH, REFINING
 from trainers.merger import MergerOptions, fingerprint, main
+from trainers.resume import load_state
 from zoo.build import ZooOptions, build, split_of
+from zoo.options import parse
 from zoo.training import predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +33,17 @@ STEPS, SAVE_EVERY = 60, 5
 SMALL = (
     *("--probes", "32", "--width", "8", "--rank", "2", "--families", "6", "--images", "128"),
     *("--steps", str(STEPS), "--eval-every", "20", "--save-every", str(SAVE_EVERY)),
+    *("--average", "0.8"),  # of so few steps: 0.95 would still remember the first ones
+)
+
+SMALL_ZOO = ZooOptions(
+    widths=(16,),
+    segment_size=150,
+    members=(2, 3),
+    train_families=12,
+    validation_families=8,
+    test_families=2,
+    epochs=15.0,
 )
 
 pytestmark = pytest.mark.xdist_group("merger_script")
@@ -62,6 +76,19 @@ def launch(folder, *arguments, **settings):
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+def mark_of(zoo):
+    """Fingerprint of the trainings of this module."""
+    options = parse(MergerOptions, [*SMALL], prog="merger")
+    return fingerprint(options, [zoo.digest])
+
+
 def weights_of(folder):
     return read_checkpoints(folder)[0].weights
 
@@ -78,18 +105,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zoo(place):
-    return build(
-        ZooOptions(
-            out=str(place / "zoo"),
-            widths=(16,),
-            segment_size=150,
-            members=(2, 3),
-            train_families=12,
-            validation_families=8,
-            test_families=2,
-            epochs=15.0,
-        )
-    )
+    return build(replace(SMALL_ZOO, out=str(place / "zoo")))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +118,7 @@ def trained(place, zoo):
 
 @pytest.fixture(scope="module")
 def killed(place, zoo):
-    """The folder that a training leaves whose processes are killed half-way."""
+    """What a training leaves that is killed half-way; its newest state is damaged as well."""
     process = start(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
     latest = place / "killed.state" / "LATEST"
     try:
@@ -117,7 +133,11 @@ def killed(place, zoo):
     assert not (place / "killed").exists()
     reached = int(latest.read_text()[-8:])
     assert 3 * SAVE_EVERY <= reached < STEPS
-    shutil.copytree(place / "killed.state", place / "damaged.state")
+    tensors, record = load_state(place / "killed.state", mark_of(zoo))
+    assert record["step"] == reached
+    assert {"merger.strength", "averaged.module.strength", "best.strength"} < tensors.keys()
+    newest = place / "killed.state" / f"step-{reached:08d}"
+    (newest / "manifest.json").write_text("")
     return SimpleNamespace(reached=reached)
 
 
@@ -140,7 +160,9 @@ def test_a_training_writes_a_merger_and_says_so(trained, zoo):
     assert "gates all" in told
     merged = merge(zoo.address("test", 3, 0), merger=trained.folder)
     assert merged.report["method"] == "gnn"
-    assert load_merger(trained.folder).config.input_shape == (1, 8, 8)
+    config = load_merger(trained.folder).config
+    assert config.shapes == ((1, 8, 8),)
+    assert config.probes == 32
 
 
 def test_a_trained_merger_beats_the_average_that_it_started_as(trained, zoo):
@@ -156,14 +178,31 @@ def test_the_card_says_where_a_merger_comes_from(trained, zoo):
     card = trained.card
     assert card["options"]["probes"] == 32
     assert card["options"]["steps"] == STEPS
-    assert card["zoo"]["digest"] == zoo.digest
-    assert card["zoo"]["options"] == zoo.options
-    assert card["zoo"]["task"]["name"] == "digits"
+    (told,) = card["zoos"]
+    assert told["digest"] == zoo.digest
+    assert told["options"] == zoo.options
+    assert told["task"]["name"] == "digits"
     assert 0 < card["step"] <= STEPS
     assert card["seconds"] > 0
     sizes = {f"validation_accuracy_k{members}" for members in (2, 3)}
     assert card["validation"].keys() > sizes
     assert json.loads(json.dumps(card)) == card
+
+
+def test_the_steps_of_refining_are_those_that_validation_families_chose(trained):
+    refining = {int(steps): score for steps, score in trained.card["refining"].items()}
+    assert refining.keys() == set(REFINING)
+    # Without refining it is the merger that the loop judged.
+    found = trained.card["validation"]["validation_accuracy"]
+    assert refining[0] == pytest.approx(found, abs=1e-6)
+    chosen = load_merger(trained.folder).config.refine
+    assert refining[chosen] >= max(refining.values()) - ENOUGH
+    assert all(
+        score < max(refining.values()) - ENOUGH for s, score in refining.items() if s < chosen
+    )
+    assert f"{refining[chosen]:.3f} after {chosen} steps of refining" in " ".join(
+        trained.out.split()
+    )
 
 
 def test_every_gate_was_measured_and_passed(trained):
@@ -186,12 +225,14 @@ def test_the_run_in_mlflow_holds_options_and_curves(trained, place):
     assert best == pytest.approx(trained.card["validation"]["validation_accuracy"])
 
 
-def test_other_options_are_not_resumed_and_nothing_is_touched(trained, zoo, place):
+def test_other_options_are_not_resumed_and_nothing_is_touched(
+    trained, zoo, place, monkeypatch, capsys
+):
     before = weights_of(trained.folder)
+    monkeypatch.chdir(place)
     arguments = ("--zoo", str(zoo.folder), "--out", "whole", *SMALL, "--lr", "0.1")
-    done = launch(place, *arguments, "--no-tracking")
-    assert done.code != 0
-    told = " ".join(done.err.split())
+    assert command(monkeypatch, *arguments, "--no-tracking") != 0
+    told = " ".join(capsys.readouterr().err.split())
     assert "whole.state/step-00000060 was written with other options or another zoo" in told
     assert "Choose another --out, or delete whole.state to start again." in told
     assert_bit_equal(weights_of(trained.folder), before)
@@ -200,13 +241,15 @@ def test_other_options_are_not_resumed_and_nothing_is_touched(trained, zoo, plac
 # ------------------------------------------------------------------------------- kills
 
 
-def test_a_killed_training_resumes_and_ends_with_the_same_bits(trained, killed, zoo, place):
+def test_a_killed_training_costs_a_few_steps_and_no_bit(trained, killed, zoo, place):
     done = launch(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
     assert done.code == 0, done.err
-    assert f"resumed at step {killed.reached} of {STEPS}" in done.out
+    # The newest state is damaged: the one before it has to do.
+    assert f"resumed at step {killed.reached - SAVE_EVERY} of {STEPS}" in done.out
     assert_bit_equal(weights_of(place / "killed"), weights_of(trained.folder))
     card = read_card(place / "killed")
     assert card["validation"] == trained.card["validation"]
+    assert card["refining"] == trained.card["refining"]
     assert card["step"] == trained.card["step"]
     assert card["gates"] == trained.card["gates"]
 
@@ -216,15 +259,6 @@ def test_a_resumed_training_goes_on_in_its_run(killed, place):
     assert run.info.status == "FINISHED"
     curve = client.get_metric_history(run.info.run_id, "loss")
     assert [point.step for point in curve] == [20, 40, 60]
-
-
-def test_a_damaged_newest_state_costs_a_few_steps_and_no_bit(trained, killed, zoo, place):
-    newest = place / "damaged.state" / f"step-{killed.reached:08d}"
-    (newest / "manifest.json").write_text("")
-    done = launch(place, "--zoo", str(zoo.folder), "--out", "damaged", *SMALL, "--no-tracking")
-    assert done.code == 0, done.err
-    assert f"resumed at step {killed.reached - SAVE_EVERY} of {STEPS}" in done.out
-    assert_bit_equal(weights_of(place / "damaged"), weights_of(trained.folder))
 
 
 # ------------------------------------------------------------------------------- processes
@@ -244,6 +278,39 @@ def test_two_processes_reach_what_one_reaches(trained, zoo, place):
         assert card["validation"][key] == pytest.approx(trained.card["validation"][key], abs=0.02)
 
 
+# ------------------------------------------------------------------------------- several zoos
+
+
+def test_one_merger_learns_from_several_zoos(zoo, place, monkeypatch, capsys):
+    other = build(replace(SMALL_ZOO, out=str(place / "wide"), widths=(24,), relabel=True, seed=1))
+    arguments = ("--zoo", str(zoo.folder), str(other.folder), "--out", str(place / "both"))
+    settings = (*SMALL, "--steps", "20", "--no-labels", "--no-tracking")
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments, *settings])
+    code = 0
+    try:
+        main()
+    except SystemExit as stopped:  # twenty steps may not be enough for all gates
+        code = stopped.code
+    card = read_card(place / "both")
+    assert [told["digest"] for told in card["zoos"]] == [zoo.digest, other.digest]
+    assert [told["options"]["widths"] for told in card["zoos"]] == [[16], [24]]
+    groups = {f"{name}_k{members}" for name in ("zoo", "wide") for members in (2, 3)}
+    scores = {key for key in card["validation"] if key.startswith("validation_accuracy_")}
+    assert scores == {f"validation_accuracy_{group}" for group in groups}
+    assert card["gates"].keys() == groups
+    broken = [
+        f"{group} {gate['name']}"
+        for group, gates in card["gates"].items()
+        for gate in gates
+        if not gate["passed"]
+    ]
+    told = " ".join(capsys.readouterr().err.split())
+    assert code == bool(broken)
+    assert all(gate in told for gate in broken)
+    mean = sum(card["validation"][score] for score in scores) / 4  # of 8 families each
+    assert card["validation"]["validation_accuracy"] == pytest.approx(mean, abs=1e-6)
+
+
 # ------------------------------------------------------------------------------- command line
 
 
@@ -252,14 +319,7 @@ def test_a_launch_without_a_config_file_works(place):
     assert done.code == 0, done.err
     told = " ".join(done.out.split())
     assert "usage: accelerate launch trainers/merger.py" in told
-    assert "learned probe inputs that layers are refitted on (default: 256)" in told
-
-
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code
+    assert "learned probe inputs of each shape that members are watched on (default: 256)" in told
 
 
 @pytest.mark.parametrize(
@@ -271,6 +331,11 @@ def command(monkeypatch, *arguments):
         (["--save-every", "0"], "save_every: expected at least 1"),
         (["--reference", "median"], "reference: got 'median'"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--garbage", "1.5"], "garbage: expected 0 to 1, got 1.5"),
+        (["--drop", "-0.1"], "drop: expected 0 to 1, got -0.1"),
+        (["--average", "2"], "average: expected 0 to 1, got 2"),
+        (["--kind", "mean"], "kind: expected one of ('gnn', 'autoencoder'), got 'mean'"),
+        (["--pretrain", "5"], "pretrain: only --kind autoencoder reconstructs its members"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -284,8 +349,11 @@ def test_bad_options_are_refused_from_python_too():
         MergerOptions(steps=0)
 
 
-def test_where_a_run_lies_and_how_often_it_saves_does_not_shape_the_result(zoo):
-    mark = fingerprint(MergerOptions(), zoo)
-    moved = MergerOptions(zoo="a", out="b", tracking=False, experiment="c", save_every=7)
-    assert fingerprint(moved, zoo) == mark
-    assert fingerprint(MergerOptions(seed=1), zoo) != mark
+def test_where_a_run_lies_and_how_often_it_saves_does_not_shape_the_result():
+    mark = fingerprint(MergerOptions(), ["1234"])
+    moved = MergerOptions(zoo=("a",), out="b", tracking=False, experiment="c", save_every=7)
+    assert fingerprint(moved, ["1234"]) == mark
+    assert fingerprint(MergerOptions(seed=1), ["1234"]) != mark
+    assert fingerprint(MergerOptions(garbage=0.3), ["1234"]) != mark
+    assert fingerprint(MergerOptions(), ["1234", "5678"]) != mark
+    assert fingerprint(MergerOptions(), ["5678"]) != mark

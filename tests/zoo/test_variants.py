@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from metamerge.errors import IncompatibleWeights
+from metamerge.structure import Layout, discover_program
+from zoo.architectures import build, program_of
 from zoo.parts import PARTS, TaskSplit
 from zoo.tasks import Task
-from zoo.variants import Variants, draw_classes, draw_places
+from zoo.training import init_networks, predict
+from zoo.variants import Variants, draw_classes, draw_places, renamed
 
 # Three classes; the first family knows them as 2, 0, 1, the second knows 0 and 2 alone, as 1 and 0.
 CLASSES = torch.tensor([[2, 0, 1], [1, -1, 0]])
@@ -193,3 +197,64 @@ def test_a_permutation_changes_images_and_loses_nothing():
     assert not torch.equal(seen, images)
     back = Variants(places=places.argsort()[None]).seen(seen, torch.zeros(1, 5), torch.tensor([0]))
     assert torch.equal(back[0], images)
+
+
+# ---------------------------------------------------------------------------- renamed networks
+
+ORDERS = torch.tensor([[2, 0, 1], [1, 2, 0]])
+
+
+def networks(architecture):
+    """Two families of two networks for three classes, their layout, and inputs."""
+    shape = (1, 8, 8)
+
+    def network():
+        return build(architecture, shape, 3, widths=(4, 4, 4))
+
+    program = program_of(network(), shape)
+    members = {k: t.unflatten(0, (2, 2)) for k, t in init_networks(network, range(4)).items()}
+    inputs = torch.rand(5, *shape, generator=seeded())
+    return members, Layout(program, discover_program(program)), inputs
+
+
+def outputs(layout, members, inputs):
+    flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
+    return predict(layout.program, flat, inputs).unflatten(0, (2, 2))  # [f, m, b, c]
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "cnn"])
+def test_output_i_of_renamed_networks_is_the_output_that_the_map_names(architecture):
+    members, layout, inputs = networks(architecture)
+    before = outputs(layout, members, inputs)
+    found = outputs(layout, renamed(members, layout, ORDERS), inputs)
+    for family, order in enumerate(ORDERS):
+        for place, former in enumerate(order.tolist()):
+            assert torch.allclose(found[family, ..., place], before[family, ..., former], atol=1e-6)
+
+
+def test_families_that_are_renamed_are_right_about_the_classes_of_the_task():
+    _, layout, inputs = networks("mlp")
+    first = {k: t[:, 0] for k, t in networks("mlp")[0].items()}
+    targets = torch.arange(5) % 3
+    own = predict(layout.program, first, inputs).argmax(-1)  # [f, b]
+    named = predict(layout.program, renamed(first, layout, ORDERS), inputs).argmax(-1)
+    assert torch.equal(own == ORDERS[:, targets], named == targets)
+
+
+def test_renaming_there_and_back_gives_the_same_numbers_and_changes_nothing_in_place():
+    members, layout, _ = networks("mlp")
+    kept = {key: tensor.clone() for key, tensor in members.items()}
+    there = renamed(members, layout, ORDERS)
+    back = renamed(there, layout, ORDERS.argsort(-1))
+    assert all(torch.equal(members[key], tensor) for key, tensor in kept.items())
+    assert all(torch.equal(back[key], tensor) for key, tensor in kept.items())
+    changed = {key for key, tensor in kept.items() if not torch.equal(there[key], tensor)}
+    assert changed == {layout.layers[-1].weight, layout.layers[-1].bias}
+
+
+def test_what_is_no_permutation_of_the_outputs_is_refused():
+    members, layout, _ = networks("mlp")
+    with pytest.raises(IncompatibleWeights, match="do not know all classes"):
+        renamed(members, layout, torch.tensor([[0, 1, -1], [0, 1, 2]]))
+    with pytest.raises(IncompatibleWeights, match="has 3 rows, expected 2"):
+        renamed(members, layout, torch.tensor([[0, 1], [1, 0]]))

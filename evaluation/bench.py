@@ -1,0 +1,214 @@
+"""The bench: one number of members, everything that is made of them, scored on test images."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from evaluation.budgets import Budget, Images
+from evaluation.by_heart import best_network, mean_network
+from evaluation.controls import best_members
+from evaluation.judged import Judged
+from evaluation.metrics import accuracy, family_logits
+from evaluation.report import Scored
+from metamerge.alignment.aligning import align_members
+from metamerge.api import merge
+from metamerge.checkpoints import Checkpoint
+from metamerge.registry import get_method
+from metamerge.weights import Weights, stack, unstack
+from zoo.training import predict
+from zoo.variants import renamed
+
+USUAL = "weight_matching"  # the alignment that rows share
+
+
+class Bench:
+    """What rows share: aligned members, budgets, and the way to score.
+
+    Merges get members as they are, with the numbers that their family gives to classes. Whatever
+    comes out, and what controls work on, has the task's numbers.
+
+    Args:
+        judged: The families.
+        seed: Seed of everything random.
+    """
+
+    def __init__(self, judged: Judged, seed: int) -> None:
+        self.judged, self.seed, self.layout = judged, seed, judged.layout
+        self.members, self.count = judged.members, len(judged)
+        self.budget = judged.budget
+        self.families = self.in_task(judged.families)
+        self._best: dict[int, tuple[Budget, Weights]] = {}
+
+    def in_task(self, weights: Weights) -> Weights:
+        """Networks ``[f, ...]`` or members ``[f, m, ...]`` with the task's numbers of classes."""
+        classes = self.judged.classes
+        return weights if classes is None else renamed(weights, self.layout, classes)
+
+    # ------------------------------------------------------------------------------- merging
+
+    @cached_property
+    def sources(self) -> list[list[Checkpoint]]:
+        """Members of every family, as they were trained."""
+        return [self._checkpoints(f, unstack(w)) for f, w in enumerate(unstack(self.raw))]
+
+    @cached_property
+    def aligned(self) -> tuple[list[list[Checkpoint]], float]:
+        """Aligned members of every family, and the seconds that it took, per family."""
+        clock = time.perf_counter()
+        found = [
+            self._checkpoints(f, align_members(unstack(w), self.layout, USUAL)[0])
+            for f, w in enumerate(unstack(self.raw))
+        ]
+        return found, (time.perf_counter() - clock) / self.count
+
+    @property
+    def raw(self) -> Weights:
+        """Members as they were trained, ``[f, m, ...]``."""
+        return self.judged.families
+
+    def _checkpoints(self, family: int, members: list[Weights]) -> list[Checkpoint]:
+        program = self.layout.program.to_json()
+        name = f"{self.judged.name}/{family}"
+        return [Checkpoint(f"{name}/{m}", weights, program) for m, weights in enumerate(members)]
+
+    def merge(
+        self,
+        method: str,
+        *,
+        align: str | None = "default",
+        budget: Budget | None = None,
+        labelled: bool = False,
+        **arguments: Any,
+    ) -> Weights:
+        """Merge every family through the public interface.
+
+        Args:
+            method: One of ``list_methods()``.
+            align: An alignment, None, or ``default`` for what the method wants.
+            budget: Images that it may use; None for nothing but weights.
+            labelled: Whether it may use their labels.
+            **arguments: Further arguments of ``merge``.
+
+        Returns:
+            Fused networks ``[f, ...]`` with the task's numbers of classes.
+        """
+        wanted = get_method(method).align if align == "default" else align
+        usual = wanted == USUAL
+        fused = [
+            merge(
+                own,
+                method=method,
+                align=None if usual else wanted,
+                batches=None if budget is None else self._batches(budget, labelled, family),
+                seed=self.seed,
+                device="cpu",
+                **arguments,
+            ).weights
+            for family, own in enumerate(self.aligned[0] if usual else self.sources)
+        ]
+        return self.in_task(stack(fused))
+
+    def _batches(self, budget: Budget, labelled: bool, family: int) -> Tensor | Images:
+        inputs, targets = budget.everything
+        if not labelled:
+            return inputs
+        classes = self.judged.classes
+        return inputs, targets if classes is None else classes[family][targets]
+
+    # ------------------------------------------------------------------------------- scoring
+
+    def merged(self, name: str, data: str, method: str, **arguments: Any) -> Scored:
+        """Merge and score; seconds count the alignment in full, whichever row it was made for.
+
+        Args:
+            name: Of the row.
+            data: What it is given at merge time.
+            method: One of ``list_methods()``.
+            **arguments: Of ``merge`` above.
+
+        Returns:
+            The row.
+        """
+        wanted = arguments.get("align", "default")
+        wanted = get_method(method).align if wanted == "default" else wanted
+        before = self.aligned[1] if wanted == USUAL else 0.0
+        row = self.timed(name, data, lambda: self.merge(method, **arguments), control=False)
+        return replace(row, seconds=row.seconds + before)
+
+    def timed(self, name: str, data: str, make: Callable[[], Weights], *, control: bool) -> Scored:
+        """Make networks with the task's numbers of classes and score them on test images.
+
+        Args:
+            name: Of the row.
+            data: What they are given.
+            make: Makes the networks, ``[f, ...]``.
+            control: Whether it is a control.
+
+        Returns:
+            The row.
+        """
+        clock = time.perf_counter()
+        weights = make()
+        seconds = (time.perf_counter() - clock) / self.count
+        inputs, targets = self.judged.split.images("test")
+        found = accuracy(predict(self.layout.program, weights, inputs), targets)
+        parameters = self.judged.parameters
+        return Scored(name, self.members, data, found, seconds, parameters, control)
+
+    def voted(self, name: str, vote: Callable[[Tensor], Tensor], *, networks: int) -> Scored:
+        """Score what members say together on test images, or alone.
+
+        Args:
+            name: Of the row.
+            vote: Logits ``[f, m, b, c]`` -> classes ``[f, ..., b]``.
+            networks: Networks that have to be kept for it.
+
+        Returns:
+            The row; seconds are those of all members and the vote.
+        """
+        logits, running = self._said
+        clock = time.perf_counter()
+        classes = vote(logits)
+        seconds = running + (time.perf_counter() - clock) / self.count
+        right = (classes == self.judged.split.images("test")[1]).float().flatten(1).mean(1)
+        parameters = networks * self.judged.parameters
+        return Scored(name, self.members, "none", right, seconds, parameters, True)
+
+    @cached_property
+    def _said(self) -> tuple[Tensor, float]:
+        """Logits of all members on test images, and the seconds that they took, per family."""
+        clock = time.perf_counter()
+        inputs = self.judged.split.images("test")[0]
+        logits = family_logits(self.layout.program, self.families, inputs)
+        return logits, (time.perf_counter() - clock) / self.count
+
+    def best(self, budget: Budget) -> Weights:
+        """Members that score best on a budget, found once for each."""
+        if id(budget) not in self._best:
+            chosen = best_members(self.families, self.layout, budget)
+            self._best[id(budget)] = budget, chosen  # kept, so that no other gets its id
+        return self._best[id(budget)][1]
+
+    # ------------------------------------------------------------------------------- null mergers
+
+    def null(self, which: str) -> Weights:
+        """What a merger could put out that knows the zoo by heart and ignores its members.
+
+        Args:
+            which: ``mean`` or ``best``.
+
+        Returns:
+            The same network for all families, ``[f, ...]``, with the task's numbers of classes
+            where the network's are taken for those of the family.
+        """
+        members, classes = self.judged.training
+        if which == "mean":
+            one = mean_network(members, self.layout)
+        else:
+            one = best_network(members, self.layout, *self.budget.validation, classes)
+        same = {key: tensor.expand(self.count, *tensor.shape[1:]) for key, tensor in one.items()}
+        return self.in_task(same)

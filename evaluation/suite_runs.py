@@ -1,0 +1,239 @@
+"""Running suites: build, train, compare, and say what was reached."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.goals import outcomes
+from evaluation.methods.ledger import digest_of
+from evaluation.report import Scored
+from evaluation.suites import SUITES, Row, Training
+from metamerge.errors import ConfigError, MetaMergeError
+from metamerge.mergers import read_card
+from zoo.build import build_with_progress
+from zoo.store import Zoo
+
+COLUMNS = {  # of the table: title -> key of a line
+    "row": "row",
+    "K": "members",
+    "images": "data",
+    "merger": "merger",
+    "%": "accuracy",
+    "ensemble": "ensemble",
+    "best control": "best_control",
+    "its %": "control",
+    "to reach": "target",
+    "reached": "reached",
+    "gates": "gates",
+}
+
+
+def run_suite(
+    options: Any, console: Console, compare: Callable[[Any, Console], Any]
+) -> list[dict[str, Any]]:
+    """Run a suite and print what was reached; write ``suite.json`` and ``suite.md``.
+
+    Args:
+        options: Those of ``evaluation.compare``: ``suite`` and ``only`` say what to run, the others
+            hold for every comparison, but for what rows say themselves.
+        console: Where to print.
+        compare: Makes one comparison of such options.
+
+    Returns:
+        The lines of the table, one per figure that was to be reached and merger.
+
+    Raises:
+        ConfigError: If there is no such suite or row, or a row needs files that were not given.
+        MetaMergeError: If a merger could not be trained.
+    """
+    rows = chosen_rows(options.suite, options.only)
+    out = Path(options.out or f"runs/suite-{options.suite}")
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        console.rule(f"{row.name}: {row.target}")
+        lines += run_row(row, replace(options, suite=None, only=(), out=str(out)), console, compare)
+        _write(out, lines, rows)
+    console.print(_table(options.suite, lines))
+    console.print(f"[bold]suite[/] {out}/suite.json, suite.md")
+    return lines
+
+
+def chosen_rows(suite: str, only: Sequence[str]) -> list[Row]:
+    """Rows of a suite by name.
+
+    Args:
+        suite: Name of the suite.
+        only: Names of rows; all if there are none.
+
+    Returns:
+        The rows, in the order of the suite.
+
+    Raises:
+        ConfigError: If there is no such suite or row.
+    """
+    if suite not in SUITES:
+        raise ConfigError(f"suite: got {suite!r}, expected one of {', '.join(SUITES)}.")
+    names = [row.name for row in SUITES[suite]]
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise ConfigError(f"only: {suite} has the rows {', '.join(names)}, got {unknown}.")
+    return [row for row in SUITES[suite] if not only or row.name in only]
+
+
+def run_row(
+    row: Row, options: Any, console: Console, compare: Callable[[Any, Console], Any]
+) -> list[dict[str, Any]]:
+    """Make the comparisons of one row.
+
+    Args:
+        row: The row.
+        options: Those of ``evaluation.compare``; ``out`` is the folder of the suite.
+        console: Where to print.
+        compare: Makes one comparison.
+
+    Returns:
+        Its lines of the table.
+
+    Raises:
+        ConfigError: If it needs the third-party files, and they were not given.
+    """
+    out = Path(options.out)
+    if row.third_party and not options.third_party:
+        raise ConfigError(f"{row.name}: give the two files with --third-party a.dat b.dat.")
+    folders = [str(trained(one, out / "mergers", console, options)) for one in row.mergers]
+    common = replace(options, merger=tuple(folders), third_party=(), **row.compare)
+    places = []
+    for judged in row.judge or row.mergers[0].zoos:
+        zoo = build_with_progress(judged, console)
+        place = str(out / f"{row.name}-{zoo.digest[:8]}")
+        places.append(replace(common, zoo=str(zoo.folder), out=place))
+    if row.third_party:
+        place = str(out / f"{row.name}-third-party")
+        places.append(replace(common, zoo=None, third_party=options.third_party, out=place))
+    found = [compare(own, console) for own in places]
+    scored: list[Scored] = [one for comparison in found for one in comparison.scored]
+    mergers = found[0].meta["mergers"]
+    failed = {name: _failed(name, [one.meta for one in found]) for name in mergers}
+    lines = outcomes(row.goals, scored, list(mergers))
+    return [
+        {"row": row.name, **line, "gates": failed[line["merger"].partition(", ")[0]]}
+        for line in lines
+    ]
+
+
+def trained(training: Training, folder: Path, console: Console, options: Any) -> Path:
+    """A trained merger; the same training is done once, and goes on where it was stopped.
+
+    Args:
+        training: Zoos and options.
+        folder: Where mergers lie.
+        console: Where to print.
+        options: Those of ``evaluation.compare``, for tracking.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        MetaMergeError: If the training ends without a merger.
+    """
+    zoos = [build_with_progress(zoo, console) for zoo in training.zoos]
+    digests = {"zoos": [zoo.digest for zoo in zoos], "options": dict(training.options)}
+    place = folder / digest_of(json.loads(json.dumps(digests)))
+    if not _finished(place):
+        command = _command(training.options, zoos, place, options)
+        console.print(f"[bold]training[/] {' '.join(command[1:])}", highlight=False)
+        ended = subprocess.run(command, check=False)
+        if not _finished(place):
+            raise MetaMergeError(f"{place}: the training ended with {ended.returncode}, no merger.")
+        if ended.returncode:
+            console.print(f"{place}: the merger was saved, but fails gates; see its card")
+    return place
+
+
+def _finished(place: Path) -> bool:
+    return place.is_dir() and bool(read_card(place))
+
+
+def _command(given: Mapping[str, Any], zoos: Sequence[Zoo], place: Path, options: Any) -> list[str]:
+    """The command line of a training."""
+    told = {
+        "zoo": tuple(str(zoo.folder) for zoo in zoos),
+        "out": str(place),
+        "tracking": options.tracking,
+        "experiment": options.experiment,
+        **given,
+    }
+    words = [sys.executable, "-m", "trainers.merger"]
+    for name, value in told.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            several = value if isinstance(value, tuple | list) else (value,)
+            words += [f"--{flag}", *map(str, several)]
+    return words
+
+
+def _failed(name: str, metas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Gates that a merger fails in any of the comparisons."""
+    return sorted(
+        {
+            f"{size} {gate['name']}"
+            for meta in metas
+            for size, gates in meta["mergers"][name]["gates"].items()
+            for gate in gates
+            if not gate["passed"]
+        }
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# the table
+
+
+def _write(out: Path, lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    told = {
+        row.name: {"target": row.target, "mergers": [_told(one) for one in row.mergers]}
+        for row in rows
+    }
+    (out / "suite.json").write_text(json.dumps({"rows": told, "lines": lines}, indent=1) + "\n")
+    head = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    body = [f"| {' | '.join(_cells(line))} |" for line in lines]
+    (out / "suite.md").write_text("\n".join([*head, *body]) + "\n")
+
+
+def _told(training: Training) -> dict[str, Any]:
+    return {"zoos": [asdict(zoo) for zoo in training.zoos], "options": dict(training.options)}
+
+
+def _table(name: str, lines: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=f"suite {name}: what was to be reached")
+    for title in COLUMNS:
+        table.add_column(title)
+    for line in lines:
+        table.add_row(*_cells(line), style="bold" if line["reached"] else None)
+    return table
+
+
+def _cells(line: Mapping[str, Any]) -> list[str]:
+    return [_cell(key, line[key]) for key in COLUMNS.values()]
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "reached":
+        return {True: "yes", False: "no", None: "not judged"}[value]
+    if key == "gates":
+        return ", ".join(value) or "passed"
+    if key == "members":
+        return str(value or "all")
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)

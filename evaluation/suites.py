@@ -1,0 +1,291 @@
+"""Suites: several comparisons in a row, each with the figures that it is to reach.
+
+``python -m evaluation.compare --suite mergers`` builds the zoos that are missing, trains the
+mergers that are missing, compares row after row and ends with one table. Whatever is finished is
+not made again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from evaluation.goals import OWN, SOFT_VOTE, Goal
+from zoo.recipe import ZooOptions
+
+
+@dataclass(frozen=True)
+class Training:
+    """A merger that is trained; rows with equal trainings share it.
+
+    Attributes:
+        zoos: The zoos that it is trained on.
+        options: Options of ``trainers/merger.py``, by name; those that are missing have defaults.
+    """
+
+    zoos: tuple[ZooOptions, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison of a suite, or several with the same mergers.
+
+    Attributes:
+        name: What ``--only`` calls it.
+        target: What is to be reached, in words.
+        mergers: Mergers that are compared.
+        judge: Zoos whose test families they are judged on; by default those of the first merger.
+        third_party: Whether they are judged on the two networks of ``--third-party`` as well.
+        compare: Options of the comparison, by name.
+        goals: The figures to be reached.
+    """
+
+    name: str
+    target: str
+    mergers: tuple[Training, ...]
+    judge: tuple[ZooOptions, ...] = ()
+    third_party: bool = False
+    compare: Mapping[str, Any] = field(default_factory=dict)
+    goals: tuple[Goal, ...] = ()
+
+
+# ----------------------------------------------------------------------------------------------
+# zoos
+
+DIGITS = ZooOptions(members=(2, 4, 8))
+DIGITS_MANY = ZooOptions(
+    members=(16, 32), train_families=1, validation_families=0, test_families=24
+)
+FASHION = {"task": "fashion-mnist", "objective": 6666, "relabel": True}
+CNN = {"architecture": "convnet", "widths": (16, 32, 32), "lr": 3e-3}
+SKEWED = {"alpha": 0.3, "segment_size": 1500, "epochs": 10, "lr": 3e-3}
+FASHION_MLP = ZooOptions(
+    **FASHION,
+    widths=(128, 128),
+    members=(10,),
+    split="disjoint",
+    segment_size=5000,
+    epochs=8,
+    lr=2e-3,
+    train_families=16,
+    validation_families=8,
+    test_families=12,
+)
+FASHION_SKEWED = ZooOptions(
+    **FASHION,
+    **SKEWED,
+    widths=(64,),
+    members=(4, 10),
+    train_families=160,
+    validation_families=24,
+    test_families=24,
+)
+FASHION_CNN = ZooOptions(
+    **FASHION,
+    **CNN,
+    members=(8,),
+    split="disjoint",
+    segment_size=4000,
+    epochs=5,
+    train_families=8,
+    validation_families=4,
+    test_families=12,
+)
+FASHION_SKEWED_CNN = ZooOptions(
+    **FASHION,
+    **{**SKEWED, **CNN},
+    members=(4,),
+    train_families=32,
+    validation_families=8,
+    test_families=12,
+)
+MNIST_SKEWED = ZooOptions(
+    task="mnist",
+    objective=6666,
+    relabel=True,
+    **SKEWED,
+    widths=(64,),
+    members=(2, 4, 8),
+    train_families=80,
+    validation_families=12,
+    test_families=12,
+)
+MIXED = {
+    "task": "mnist",
+    "objective": 6666,
+    "relabel": True,
+    "weight_decay": (0.0, 0.3),
+    "lr": (0.001, 0.005),
+    "train_families": 16,
+    "validation_families": 4,
+    "test_families": 6,
+}
+MNIST_MIXED = (
+    ZooOptions(
+        **MIXED, widths=(32,), members=(2, 4, 8), alpha=(0.3, 3), segment_size=1500, epochs=(3, 10)
+    ),
+    ZooOptions(
+        **MIXED, widths=(128,), members=(3, 6), alpha=(0.3, 10), segment_size=3000, epochs=(3, 8)
+    ),
+    ZooOptions(
+        **MIXED,
+        widths=(64, 64),
+        members=(2, 5, 8),
+        alpha=(0.3, 10),
+        segment_size=3000,
+        epochs=(3, 8),
+    ),
+    ZooOptions(
+        **MIXED,
+        architecture="convnet",
+        widths=(8, 16),
+        members=(2, 4),
+        alpha=(0.3, 3),
+        segment_size=1500,
+        epochs=5,
+    ),
+)
+TINY = ZooOptions(
+    widths=(16,),
+    members=(2, 3),
+    segment_size=150,
+    epochs=30,
+    train_families=12,
+    validation_families=6,
+    test_families=8,
+)
+
+# ----------------------------------------------------------------------------------------------
+# what is to be shown
+
+DISTILLED = "distilled from best member"
+WITH_500 = {"row": "calibrated", "data": "unlabelled:500"}
+WITH_200 = {"row": "adapted", "data": "labelled:200"}
+
+SMOOTH = {"prior": 7, "target": 1.0}  # on images of 28 x 28; all steps are taken
+SKEWED_MERGER = Training(
+    (FASHION_SKEWED,), {**SMOOTH, "families": 12, "steps": 240, "images": 384, "eval_every": 40}
+)
+MLP_MERGER = Training((FASHION_MLP,), {**SMOOTH, "families": 8, "steps": 150, "images": 256})
+CNN_MERGER = {"target": 1.0, "probes": 128, "families": 6, "images": 192, "eval_every": 30}
+UNIVERSAL = Training(  # the merger that comes with the package
+    (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
+    {
+        **SMOOTH,
+        "families": 10,
+        "steps": 448,
+        "images": 256,
+        "eval_every": 112,
+        "calibrated": 0.3,
+    },
+)
+MERGERS = (
+    Row(
+        name="digits",
+        target="K=2, 4: above the ensemble by 2 points; K=8: not below it; 16, 32: within 1",
+        mergers=(Training((DIGITS,)),),
+        judge=(DIGITS, DIGITS_MANY),
+        goals=tuple(
+            Goal(SOFT_VOTE, by, members=members)
+            for members, by in ((2, 0.02), (4, 0.02), (8, 0.0), (16, -0.01), (32, -0.01))
+        ),
+    ),
+    Row(
+        name="fashion-mlp",
+        target="weights only: above distillation from the best member with all objective images "
+        "unlabelled (84.9); 500 unlabelled: within .3 of the ensemble (85.2); labelled objective: "
+        "above the ensemble",
+        mergers=(MLP_MERGER,),
+        goals=(
+            Goal(DISTILLED, members=10, over_data="unlabelled"),
+            Goal(0.849, members=10),
+            Goal(SOFT_VOTE, -0.003, members=10, **WITH_500),
+            Goal(SOFT_VOTE, members=10, row="adapted", data="labelled"),
+        ),
+    ),
+    Row(
+        name="fashion-skewed",
+        target="weights only: above 74.4 (K=4) and 77.1 (K=10), aim 78 and 80; with 20 labelled "
+        "images per class: above weights only, and above training and fine-tuning on the same",
+        mergers=(SKEWED_MERGER,),
+        goals=tuple(
+            goal
+            for members, known in ((4, 0.744), (10, 0.771))
+            for goal in (
+                Goal(known, members=members),
+                *(
+                    Goal(over, members=members, over_data=data, **WITH_200)
+                    for over, data in (
+                        (OWN, "none"),
+                        ("trained from scratch", ""),
+                        ("best member, fine-tuned", ""),
+                    )
+                ),
+            )
+        ),
+    ),
+    Row(
+        name="fashion-cnn",
+        target="weights only: above the best member (84.2); 500 unlabelled: within 1 point of the "
+        "ensemble (85.7)",
+        mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 90}),),
+        goals=(
+            Goal("best member", members=8, over_data="labelled"),
+            Goal(0.842, members=8),
+            Goal(SOFT_VOTE, -0.01, members=8, **WITH_500),
+        ),
+    ),
+    Row(
+        name="fashion-skewed-cnn",
+        target="weights only: above 72.5; aim 76",
+        mergers=(Training((FASHION_SKEWED_CNN,), {**CNN_MERGER, "steps": 120}),),
+        goals=(Goal(0.725, members=4),),
+    ),
+    Row(
+        name="foreign",
+        target="weights only: above aligned average + repair; 500 unlabelled: above distillation "
+        "with the same 500; skewed K=4: above the ensemble by 5 points",
+        mergers=(UNIVERSAL,),
+        judge=(FASHION_SKEWED,),
+        goals=(
+            *(
+                goal
+                for members in (4, 10)
+                for goal in (
+                    Goal("average, aligned + repair", members=members, over_data="unlabelled"),
+                    Goal(DISTILLED, members=members, **WITH_500),
+                )
+            ),
+            Goal(SOFT_VOTE, 0.05, members=4, **WITH_500),
+        ),
+    ),
+    Row(
+        name="mixed",
+        target="weights only: above the ensemble by 3 points on average and above the aligned "
+        "average on 95 % of families",
+        mergers=(UNIVERSAL,),
+        judge=(MNIST_SKEWED, *MNIST_MIXED),
+        goals=(
+            Goal(SOFT_VOTE, 0.03),
+            Goal("average, aligned", share=0.95),
+        ),
+    ),
+    Row(
+        name="third-party",
+        target="weights only: above 90; 1,000 unlabelled images: above 93.7",
+        mergers=(UNIVERSAL,),
+        third_party=True,
+        compare={"unlabelled": (1000,), "full": False},
+        goals=(Goal(0.90), Goal(0.937, row="calibrated", data="unlabelled:1000")),
+    ),
+)
+QUICK = (
+    Row(
+        name="digits",
+        target="on small families, after a moment of training: above the aligned average",
+        mergers=(Training((TINY,), {"steps": 50, "probes": 64, "width": 16}),),
+        compare={"unlabelled": (100,), "labelled": (100,), "full": False},
+        goals=(Goal("average, aligned", members=2), Goal("average, aligned", members=3)),
+    ),
+)
+SUITES: Mapping[str, tuple[Row, ...]] = {"mergers": MERGERS, "quick": QUICK}

@@ -1,0 +1,119 @@
+"""Probes: inputs on which a merger watches its members, so that merging needs no data.
+
+A merger carries a bank of learned probes for every shape of input that it was trained on. For any
+other shape it imagines some: what first layers respond to says something of the inputs that they
+were trained on.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from metamerge.errors import IncompatibleWeights
+from metamerge.structure import Execution, Layout
+from metamerge.weights import Weights
+
+
+class Probes(nn.Module):
+    """Learned probes, a bank for each shape of input.
+
+    Args:
+        starts: Shape of one input -> its bank, ``[p, *shape]``.
+    """
+
+    def __init__(self, starts: Mapping[tuple[int, ...], Tensor]) -> None:
+        super().__init__()
+        self.banks = nn.ParameterDict(
+            {name_of(shape): nn.Parameter(start.clone()) for shape, start in starts.items()}
+        )
+
+    def forward(self, shape: Sequence[int]) -> Tensor | None:
+        """Find the bank of a shape of input.
+
+        Networks whose inputs are flat are watched on the only bank of as many numbers, flattened.
+
+        Args:
+            shape: Shape of one input.
+
+        Returns:
+            ``[p, *shape]``; None where there is none.
+        """
+        banks = dict(self.banks)
+        if name_of(shape) in banks or len(shape) != 1:
+            return banks.get(name_of(shape))
+        alike = [bank for bank in banks.values() if bank[0].numel() == shape[0]]
+        return alike[0].flatten(1) if len(alike) == 1 else None
+
+
+def name_of(shape: Sequence[int]) -> str:
+    """Name of a shape of input, such as ``1x28x28``."""
+    return "x".join(map(str, shape))
+
+
+def probe_start(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Start of the probes: images drawn without labels, with repeats where there are too few.
+
+    Args:
+        images: ``[n, ...]``.
+        count: Number of probes.
+        generator: Source of randomness.
+
+    Returns:
+        ``[count, ...]``.
+    """
+    rounds = -(-count // len(images))
+    picks = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
+    return images[torch.cat(picks)[:count]]
+
+
+def imagine(members: Weights, layout: Layout, count: int, generator: torch.Generator) -> Tensor:
+    """Draw inputs that the first layers of members respond to.
+
+    A first layer's trained rows lie in the span of the inputs that they were trained on, so random
+    sums of the rows of all members (convolutions: of their kernels, at all places) share the second
+    moments of such inputs roughly; their scale is unknown, and taken to be 1. Rows get their random
+    numbers in the order of their norms: neither the order of members nor that of units matters.
+
+    Args:
+        members: Members of one family, ``[1, m, ...]``.
+        layout: Layers of their architecture.
+        count: Number of inputs.
+        generator: Source of randomness.
+
+    Returns:
+        ``[count, *shape]``, of mean 0 and deviation 1.
+
+    Raises:
+        IncompatibleWeights: If the networks do not take one input of known shape that a layer
+            reads.
+    """
+    program, shape = layout.program, layout.program.input_shape()[1:]
+    first = {layer.node: layer for layer in layout.layers if layer.reads_inputs}
+    if len(program.inputs) > 1 or None in shape or not first:
+        raise IncompatibleWeights(
+            f"The checkpoints take {len(program.inputs)} inputs, the first of shape "
+            f"{tuple(shape)}, and none can be imagined for them: that takes one input of known "
+            "shape, read by a linear layer or a convolution. Pass batches= with inputs of the "
+            "checkpoints' task."
+        )
+    networks = {key: tensor.detach().flatten(0, 1) for key, tensor in members.items()}
+    size = len(next(iter(networks.values())))
+    with torch.enable_grad():
+        blank = next(iter(networks.values())).new_zeros(size, count, *shape).requires_grad_()
+        execution = Execution(program, networks, [blank], stacked=True, own_inputs=True)
+        response = blank.new_zeros(())
+        for node in program.nodes:
+            value = execution.step(node).value
+            layer = first.pop(node.name, None)
+            if layer is not None:
+                rows = value if layer.linear else value.movedim(2, -1)  # [m, b, ..., o]
+                rows = rows.movedim(-1, 1).flatten(0, 1)  # [m * o, b, ...]
+                place = networks[layer.weight].flatten(2).norm(dim=-1).flatten().argsort().argsort()
+                noise = torch.randn(rows.shape, generator=generator)[place.cpu()]
+                response = response + (noise.to(rows) * rows).sum()
+            if not first:
+                break
+        drawn = torch.autograd.grad(response, blank)[0].sum(0)  # [count, *shape]
+    drawn = drawn - drawn.mean()
+    return drawn / drawn.std().clamp_min(1e-6)

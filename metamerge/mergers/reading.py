@@ -1,0 +1,224 @@
+"""What all mergers share: states of units, mixing coefficients, competence, and the refit."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metamerge.corrections.refit import Target, construct, mixed_target
+from metamerge.mergers.gate import TOLD, CompetenceGate, consensus
+from metamerge.mergers.tokens import unit_tokens
+from metamerge.structure import OUTPUTS, Layer, Layout
+from metamerge.structure.layers import INPUTS
+from metamerge.weights import Weights
+
+
+class Fusion(NamedTuple):
+    """What a merger makes of its members.
+
+    Attributes:
+        weights: Fused weights, ``[f, ...]``.
+        trust: What it read of their competence, for ``consensus``: ``[f, m, c, 5]``.
+    """
+
+    weights: Weights
+    trust: Tensor
+
+
+def read_units(
+    members: Weights,
+    layout: Layout,
+    observed: Mapping[str, Tensor],
+    embed: nn.Module,
+    rounds: Iterable[nn.Module],
+    *,
+    sparse: bool = False,
+) -> dict[str, Tensor]:
+    """States of all units after all rounds of messages.
+
+    Args:
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Layers of their architecture.
+        observed: Pre-activations on probes per layer, ``[f, m, r, o]``.
+        embed: Tokens -> states.
+        rounds: Rounds of messages, each a ``MessageRound``.
+        sparse: Whether messages take the sparse path.
+
+    Returns:
+        Space -> ``[f, m, n, width]``; inputs, which all members share, ``[f, 1, n, width]``.
+    """
+    tokens = unit_tokens(members, layout, observed)
+    states = {
+        s: embed(t.mean(1, keepdim=True) if s.startswith(INPUTS) else t) for s, t in tokens.items()
+    }
+    rounds = list(rounds)
+    edges = weight_edges(members, layout) if rounds else []
+    for update in rounds:
+        states = update(states, edges, sparse=sparse)
+    return states
+
+
+def mixing_of(states: Mapping[str, Tensor], heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Coefficients over members, which sum to 1.
+
+    Args:
+        states: Space -> ``[f, m, n, width]``.
+        heads: Level (``unit``, ``layer``, ``model``) -> its part of the logit.
+
+    Returns:
+        Space -> ``[f, m, n]``.
+    """
+    hidden = {s: state for s, state in states.items() if not s.startswith(INPUTS)}
+    model = torch.stack([state.mean(2) for state in hidden.values()]).mean(0)  # [f, m, width]
+    mixed = {}
+    for space, state in hidden.items():
+        told = {"unit": state, "layer": state.mean(2, keepdim=True), "model": model[:, :, None]}
+        logit = state.new_zeros(state.shape[:3])
+        for level, head in heads.items():
+            logit = logit + head(told[level]).squeeze(-1)
+        mixed[space] = logit.softmax(1)
+    return mixed
+
+
+def trust_in(
+    gate: CompetenceGate | None,
+    members: Weights,
+    layout: Layout,
+    states: Mapping[str, Tensor],
+    observed: Mapping[str, Tensor],
+    spread: Mapping[str, Tensor],
+) -> Tensor:
+    """What the gate reads of the members.
+
+    Args:
+        gate: The gate, or None.
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Layers of their architecture.
+        states: Space -> ``[f, m, n, width]``.
+        observed: Pre-activations on probes per layer, ``[f, m, r, o]``.
+        spread: What ``disagreement`` returned.
+
+    Returns:
+        ``[f, m, c, TOLD]``; zeros, which trust all alike, where there is no gate or there is no one
+        output layer.
+    """
+    last = layout.producers(OUTPUTS)
+    if gate is None or len(last) != 1:
+        state = states[OUTPUTS]
+        return state.new_zeros(*state.shape[:3], TOLD)
+    layer = last[0]
+    rows = layout.matrix(layer, members[layer.weight]).flatten(3)
+    bias = members[layer.bias] if layer.bias else None
+    return gate(states[OUTPUTS], rows, bias, observed[layer.node], spread[layer.weight])
+
+
+def fit(
+    fused: Weights,
+    layout: Layout,
+    probes: Tensor,
+    observed: dict[str, Tensor],
+    *,
+    mixing: Mapping[str, Tensor],
+    lift: Mapping[str, Tensor],
+    spread: Mapping[str, Tensor],
+    trust: Tensor | None,
+    strength: Tensor,
+    ridge: Tensor,
+) -> Weights:
+    """Refit every layer to the mixture of the members, the last one to their consensus.
+
+    Args:
+        fused: Starting weights, ``[f, ...]``.
+        layout: Layers of their architecture.
+        probes: Inputs that the members were observed on, ``[b, ...]``.
+        observed: Pre-activations on them per layer, ``[f, m, r, o]``.
+        mixing: Space -> coefficients over members, ``[f, m, n]``.
+        lift: Space -> logarithm of the gain on the restored spread, ``[f, n]``.
+        spread: What ``disagreement`` returned; where there is none, nothing is lifted.
+        trust: What the gate read, ``[f, m, c, TOLD]``; None for a mixture at the outputs, too.
+        strength: How far to go, hidden layers and output layer, ``[2]``.
+        ridge: See ``refit``.
+
+    Returns:
+        New weights ``[f, ...]``.
+    """
+    gated = trust is not None and len(layout.producers(OUTPUTS)) == 1
+
+    def targets(layer: Layer, values: Tensor) -> Target:
+        if gated and OUTPUTS in layer.targets:
+            return Target(consensus(trust, values), strength[1])
+        at = layout.rows(layer)
+        rows = at.spread(at.joined(mixing, 2), 2)  # [f, m, out]
+        gain = at.spread(at.joined(lift, 1), 1) * spread[layer.weight][:, None]
+        return Target(mixed_target(values, rows, gain.exp()), strength[0])
+
+    return construct(fused, observed, layout, probes, targets=targets, ridge=ridge)
+
+
+def weight_edges(
+    members: Weights, layout: Layout
+) -> list[tuple[Sequence[str], Sequence[str], Tensor]]:
+    """The edges along which messages pass.
+
+    Args:
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Layers of their architecture.
+
+    Returns:
+        Per layer its source spaces, its target spaces, and its weights ``[f, m, rows, columns]``,
+        summed over taps and of mean square 1.
+    """
+    edges = []
+    for layer in layout.layers:
+        matrix = layout.matrix(layer, members[layer.weight])  # [f, m, rows, columns, rest]
+        matrix = matrix.sum(-1) / matrix.shape[-1] ** 0.5
+        scale = matrix.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
+        edges.append((layer.sources, layer.targets, matrix / scale))
+    return edges
+
+
+def disagreement(members: Weights, layout: Layout) -> dict[str, Tensor]:
+    """How far members differ: their variance over their mean square, per layer, in [0, 1).
+
+    Args:
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Layers of the architecture.
+
+    Returns:
+        Key of the layer's weight -> ``[f]``; 0 where all members are equal.
+    """
+    spread = {}
+    for layer in layout.layers:
+        weight = members[layer.weight]
+        variance = variance_over_members(weight).flatten(1).mean(1)
+        spread[layer.weight] = variance / weight.square().flatten(1).mean(1).clamp_min(1e-12)
+    return spread
+
+
+def variance_over_members(values: Tensor) -> Tensor:
+    """Variance over members, for which ``torch.var`` takes many times as long.
+
+    Args:
+        values: ``[f, m, ...]``.
+
+    Returns:
+        ``[f, ...]``.
+    """
+    return (values - values.mean(1, keepdim=True)).square().mean(1)
+
+
+def zero_head(width: int, outputs: int) -> nn.Linear:
+    """A linear head that says nothing before it has learned.
+
+    Args:
+        width: Size of what it reads.
+        outputs: How many numbers it tells.
+
+    Returns:
+        The head, all zeros.
+    """
+    head = nn.Linear(width, outputs)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

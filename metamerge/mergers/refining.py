@@ -1,0 +1,175 @@
+"""Refining: a few steps of distillation that bring fused weights nearer to a consensus.
+
+Distillation (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
+arXiv:1503.02531) of a consensus that a merger has learned to weigh, from a start that it has fused,
+on probes that it has learned: no images are needed, and some dozens of steps are enough.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from metamerge.calibration import check_fit, divergence, predict
+from metamerge.mergers.gate import consensus
+from metamerge.mergers.ordering import in_canonical_order
+from metamerge.structure import Layout, run
+from metamerge.weights import Weights
+
+BATCH = 256  # inputs per step
+BETAS = (0.9, 0.999)  # of Adam
+DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
+AGREED = 1e-6  # divergence below which there is nothing to refine
+
+
+def fuse(
+    merger: nn.Module,
+    members: Weights,
+    layout: Layout,
+    inputs: Tensor | None = None,
+    *,
+    steps: int | None = None,
+) -> Weights:
+    """Merge aligned members, and refine what comes out.
+
+    Args:
+        merger: A trained merger.
+        members: Aligned members of ``f`` families, ``[f, m, ...]``.
+        layout: Their architecture.
+        inputs: Calibration inputs that take the place of the merger's probes, ``[b, ...]``.
+        steps: Steps of refining; None for as many as proved best when the merger was trained.
+
+    Returns:
+        Fused weights, ``[f, ...]``.
+
+    Raises:
+        ConfigError: If the inputs are not those of this architecture.
+    """
+    if inputs is not None:
+        check_fit(layout.program, inputs)
+    members, perm = in_canonical_order(members, layout)
+    watched = merger.watched(members, layout) if inputs is None else inputs
+    fused, trust = merger(members, layout, watched)
+    steps = merger.config.refine if steps is None else steps
+    if steps:
+        fused = refine(fused, members, layout, watched.detach(), trust, steps=steps)
+    return layout.spec.unpermute(fused, perm)
+
+
+def refine(
+    fused: Weights,
+    members: Weights,
+    layout: Layout,
+    inputs: Tensor,
+    trust: Tensor,
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> Weights:
+    """Take steps of Adam towards the consensus of the members, for all families at once.
+
+    Args:
+        fused: Fused weights of ``f`` families, ``[f, ...]``.
+        members: Their aligned members, ``[f, m, ...]``.
+        layout: Their architecture.
+        inputs: Probes or calibration inputs, ``[b, ...]``.
+        trust: What the gate read of the members, ``[f, m, c, TOLD]``.
+        steps: Number of steps; the learning rate falls to 0 over them.
+        lr: Learning rate of the first step.
+        generator: Source of the order of inputs.
+
+    Returns:
+        New weights ``[f, ...]``; what belongs to no layer is as it was, and so is a network that
+        says what its members say already.
+    """
+    with torch.no_grad():
+        wanted = consensus(trust.detach(), answers_of(members, layout, inputs)).softmax(-1)
+        apart = divergence(predict(fused, layout, inputs), wanted)
+    rates = lr * (apart > AGREED)
+    chosen = generator or torch.Generator().manual_seed(0)
+
+    def loss(weights: Weights) -> Tensor:
+        rows = torch.randperm(len(inputs), generator=chosen)[:BATCH].to(inputs.device)
+        logits = run(layout.program, weights, [inputs[rows]], stacked=True)
+        return divergence(logits, wanted[:, rows])
+
+    return descend(fused, layout, loss, steps=steps, lr=rates)
+
+
+def answers_of(members: Weights, layout: Layout, inputs: Tensor) -> Tensor:
+    """Ask all members of several families.
+
+    Args:
+        members: ``[f, m, ...]``.
+        layout: Their architecture.
+        inputs: ``[b, ...]``.
+
+    Returns:
+        Logits, ``[f, m, b, c]``.
+    """
+    families, count = next(iter(members.values())).shape[:2]
+    flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
+    return predict(flat, layout, inputs).unflatten(0, (families, count))
+
+
+def descend(
+    weights: Weights,
+    layout: Layout,
+    loss: Callable[[Weights], Tensor],
+    *,
+    steps: int,
+    lr: float | Tensor,
+) -> Weights:
+    """Train the layers of stacked networks by Adam, each on its own loss.
+
+    Paper: Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980, with a
+    learning rate that falls to 0 in a straight line, and with a floor under its divisors that is
+    relative to the tensor's first gradient, so that rounding errors do not become full steps.
+
+    Args:
+        weights: Weights of ``n`` networks, ``[n, ...]``; they are not changed.
+        layout: Their architecture.
+        loss: Weights -> one number per network, ``[n]``.
+        steps: Number of steps.
+        lr: Learning rate of the first step, one for all or one per network, ``[n]``.
+
+    Returns:
+        New weights ``[n, ...]``; what belongs to no layer (running statistics) is as it was.
+    """
+    keys = [key for layer in layout.layers for key in (layer.weight, layer.bias) if key]
+    trained = {key: weights[key].detach().clone().requires_grad_() for key in keys}
+    first = {key: torch.zeros_like(tensor) for key, tensor in trained.items()}
+    second = {key: torch.zeros_like(tensor) for key, tensor in trained.items()}
+    floors: Weights = {}
+    rate = torch.as_tensor(lr, dtype=torch.float32)
+    with torch.enable_grad():
+        for step in range(1, steps + 1):
+            value = loss({**weights, **_tied(trained, layout)}).sum()
+            grads = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+            with torch.no_grad():
+                now = rate * (1 - (step - 1) / steps) / (1 - BETAS[0] ** step)
+                for (key, tensor), grad in zip(trained.items(), grads, strict=True):
+                    if grad is None:
+                        continue
+                    if step == 1:
+                        floors[key] = DAMPING * _typical(grad)
+                    first[key].lerp_(grad, 1 - BETAS[0])
+                    second[key].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+                    size = (second[key] / (1 - BETAS[1] ** step)).sqrt_().add_(floors[key])
+                    each = now.reshape(-1, *[1] * (tensor.ndim - 1)).to(tensor)
+                    tensor.sub_(each * first[key] / size)
+    done = {key: tensor.detach() for key, tensor in trained.items()}
+    return {**{key: tensor.clone() for key, tensor in weights.items()}, **_tied(done, layout)}
+
+
+def _typical(grad: Tensor) -> Tensor:
+    """Root mean square of every network's gradient, ``[n, 1, ...]``; never 0."""
+    dims = tuple(range(1, grad.ndim))
+    return grad.square().mean(dims, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def _tied(trained: Weights, layout: Layout) -> Weights:
+    """Trained tensors, and their other names."""
+    tied = layout.program.tied.items()
+    return {**trained, **{alias: trained[key] for alias, key in tied if key in trained}}

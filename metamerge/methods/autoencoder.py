@@ -1,0 +1,64 @@
+"""Autoencoder: members become latents, latents are fused, and weights are decoded again.
+
+No paper: the network is this package's own, see ``metamerge.mergers.autoencoder``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from metamerge.calibration import Batches
+from metamerge.methods._learned import merge_learned
+from metamerge.registry import merge_method
+from metamerge.structure import Layout
+from metamerge.weights import Weights
+
+
+@merge_method(neutral={"adapt": False})
+def autoencoder(
+    weights: Sequence[Weights],
+    *,
+    layout: Layout,
+    merger: nn.Module,
+    batches: Batches | None = None,
+    refine: int | None = None,
+    adapt: bool = True,
+    generator: torch.Generator | None = None,
+    report: dict[str, Any] | None = None,
+) -> Weights:
+    """Merge with a trained autoencoder, in the same three budgets of images as ``gnn``.
+
+    Args:
+        weights: One state dict per member, of one architecture. A single one comes back as it is.
+        layout: That architecture.
+        merger: A trained ``AutoencoderMerger``.
+        batches: Calibration inputs, or pairs of inputs and labels.
+        refine: Steps of distillation from the fused start; None for as many as proved best when
+            the merger was trained, 0 for none.
+        adapt: Whether the network is fine-tuned to labels, where there are any, as far as that
+            helps in cross-validation; if not, they are not looked at.
+        generator: Source of randomness of the adaptation.
+        report: Takes what members were watched on, and what was chosen by labels.
+
+    Returns:
+        New state dict with the members' names, shapes and dtypes.
+
+    Raises:
+        ConfigError: If the merger is something else, or the batches are of no use.
+        IncompatibleWeights: If the network's inputs are of unknown shape and there are no batches.
+    """
+    from metamerge.mergers import AutoencoderMerger  # imports torch-geometric
+
+    return merge_learned(
+        weights,
+        layout,
+        merger,
+        kind=AutoencoderMerger,
+        batches=batches,
+        refine=refine,
+        adapted=adapt,
+        generator=generator,
+        report=report,
+    )

@@ -1,0 +1,155 @@
+"""What a merger sees in one step: some families, some of their members, some images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaluation.gates import noise
+from metamerge.mergers import ThresholdObjective
+from metamerge.structure import Layout, run
+from metamerge.weights import Weights
+from trainers.families import Families, thresholds_of
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How steps are drawn; shares are probabilities.
+
+    Attributes:
+        families: Families per step, over all processes.
+        images: Objective images per step, at most.
+        noise: Standard deviation of noise on objective images, in units of the inputs' deviation.
+        drop: Share of steps in which some members of every family are left out.
+        garbage: Share of steps in which one member of every family is noise.
+        calibrated: Share of steps in which members are watched on objective images in place of
+            learned probes, as they are where a caller has inputs.
+        labels: Whether the images' classes are known; if not, the members' soft vote is imitated.
+    """
+
+    families: int
+    images: int
+    noise: float
+    drop: float
+    garbage: float
+    calibrated: float
+    labels: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step.
+
+    Attributes:
+        layout: Architecture of the families.
+        members: ``[f, m, ...]``.
+        answers: What members say of the images, logits ``[f, m, b, c]``.
+        inputs: Images, ``[b, ...]``.
+        targets: Their classes ``[f, b]``, or probabilities ``[f, b, c]``.
+        thresholds: ``[f]``.
+        watched: Inputs that take the place of learned probes, or None.
+    """
+
+    layout: Layout
+    members: Weights
+    answers: Tensor
+    inputs: Tensor
+    targets: Tensor
+    thresholds: Tensor
+    watched: Tensor | None
+
+
+def draw(
+    step: int,
+    seed: int,
+    groups: Sequence[Families],
+    drawing: Drawing,
+    objective: ThresholdObjective,
+    share: tuple[int, int] = (0, 1),
+) -> Batch:
+    """Draw a step; it follows from seed and step alone, so a resumed run repeats it.
+
+    Args:
+        step: Number of the step.
+        seed: Seed of the training.
+        groups: Families of all zoos and sizes, which take turns in random order.
+        drawing: How to draw.
+        objective: What thresholds are relative to.
+        share: Number of this process, and of all of them: each takes a part of the families.
+
+    Returns:
+        The step.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    group = groups[turn(step, seed, len(groups))]
+    rows = torch.randperm(len(group), generator=generator)[: drawing.families]
+    chosen = torch.randperm(len(group.images[1]), generator=generator)
+    device = group.images[0].device
+    images = chosen[: drawing.images].to(device)
+    jitter = torch.randn(len(images), *group.images[0].shape[1:], generator=generator)
+    kept = _kept(len(rows), group.members, drawing.drop, generator)
+    spoiled = bool(torch.rand((), generator=generator) < drawing.garbage) and kept.shape[1] > 1
+    looked = bool(torch.rand((), generator=generator) < drawing.calibrated)
+    rubbish = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    least = int(torch.randint(64, 513, (), generator=generator))  # the same for all processes
+
+    own = slice(share[0], None, share[1])
+    rows, kept = rows[own].to(device), kept[own].to(device)
+    members = {key: tensor[rows[:, None], kept] for key, tensor in group.weights.items()}
+    answers = group.answers[rows[:, None, None], kept[:, :, None], images].float()
+    targets = group.targets(rows, images)
+    honest = answers[:, 1:] if spoiled else answers
+    thresholds = thresholds_of(honest, targets, objective)
+    inputs = _jittered(group.images[0], images, drawing.noise * jitter.to(device))
+    if not drawing.labels:
+        targets = honest.softmax(-1).mean(1)
+        thresholds = thresholds_of(honest, targets.argmax(-1), objective)
+    if spoiled:
+        members, said = _spoil(members, group.layout, group.images[0][images], rubbish)
+        answers = torch.cat([said, answers[:, 1:]], 1)
+    watched = None
+    if looked:
+        watched = group.images[0][chosen[-least:].to(device)]
+    return Batch(group.layout, members, answers, inputs, targets, thresholds, watched)
+
+
+def turn(step: int, seed: int, count: int) -> int:
+    """Say whose turn it is: all groups' once, in random order, then all groups' again.
+
+    Args:
+        step: Number of the step.
+        seed: Seed of the orders.
+        count: Number of groups.
+
+    Returns:
+        Number of the group.
+    """
+    order = torch.Generator().manual_seed(seed * 7_368_787 + step // count)
+    return int(torch.randperm(count, generator=order)[step % count])
+
+
+def _kept(families: int, members: int, drop: float, generator: torch.Generator) -> Tensor:
+    """Members that stay, ``[f, m']``, in random order; at least two."""
+    fewer = bool(torch.rand((), generator=generator) < drop) and members > 2
+    count = int(torch.randint(2, members, (), generator=generator)) if fewer else members
+    return torch.rand(families, members, generator=generator).argsort(-1)[:, :count]
+
+
+def _jittered(inputs: Tensor, chosen: Tensor, jitter: Tensor) -> Tensor:
+    """Images with noise on them, in the range that all of them have."""
+    low, high = inputs.amin(), inputs.amax()
+    return (inputs[chosen] + jitter * inputs.std()).clamp(low, high)
+
+
+def _spoil(
+    members: Weights, layout: Layout, inputs: Tensor, generator: torch.Generator
+) -> tuple[Weights, Tensor]:
+    """Make the first member of every family noise; what these say, ``[f, 1, b, c]``."""
+    first = {key: tensor[:, :1] for key, tensor in members.items()}
+    garbage = noise(first, generator)
+    spoiled = {key: torch.cat([garbage[key], tensor[:, 1:]], 1) for key, tensor in members.items()}
+    with torch.no_grad():
+        alone = {key: tensor[:, 0] for key, tensor in garbage.items()}
+        said = run(layout.program, alone, [inputs], stacked=True)
+    return spoiled, said[:, None]

@@ -1,0 +1,119 @@
+"""What is left to do once a merger is trained: steps of refining, gates, card, files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from evaluation.gates import Gate, collapse_gates
+from metamerge.errors import MetaMergeError
+from metamerge.mergers import Merger, fuse, save_merger
+from trainers.families import Data, Families
+from trainers.outcome import Outcome
+from trainers.validating import Goal, judged, score
+
+REFINING = (0, 25, 50, 100)  # steps of refining that validation families choose from
+ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
+GATED = 12  # families per size that gates are run on
+
+
+def finish(
+    record: Mapping[str, Any], goal: Goal, console: Console, data: Data, best: Outcome
+) -> None:
+    """Choose steps of refining, run the gates, write card and files of the best merger.
+
+    Args:
+        record: Options of the training.
+        goal: What families are judged by.
+        console: Where to print.
+        data: Zoos and families.
+        best: The best merger.
+
+    Raises:
+        MetaMergeError: If a gate is broken; the files are written all the same, with the gates in
+            the card.
+    """
+    merger = best.merger
+    merger.load_state_dict(best.weights)
+    merger.eval()
+    refined = try_refining(merger, data.validation, goal)
+    steps = min(s for s, value in refined.items() if value >= max(refined.values()) - ENOUGH)
+    merger.config = replace(merger.config, refine=steps)
+    gates = {group.name: gates_of(merger, group) for group in data.validation}
+    card = {
+        "options": dict(record),
+        "zoos": [
+            {"digest": zoo.digest, "options": zoo.options, "task": zoo.manifest["task"]}
+            for zoo in data.zoos
+        ],
+        "validation": best.scores,
+        "refining": {str(step): value for step, value in refined.items()},
+        "step": best.step,
+        "stopped_at_target": best.stopped,
+        "seconds": round(best.seconds, 1),
+        "run": best.run,
+        "gates": {
+            k: [{**asdict(g), "passed": g.passed} for g in found] for k, found in gates.items()
+        },
+    }
+    folder = save_merger(merger.cpu(), record["out"], card)
+    failed = [
+        f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}"
+        for k, f in gates.items()
+        for g in f
+        if not g.passed
+    ]
+    share = best.scores["share_above_threshold"]
+    console.print(
+        f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
+        f"{refined[steps]:.3f} after {steps} steps of refining, "
+        f"{share:.0%} of families above threshold, {best.seconds:.0f} s"
+    )
+    if failed:
+        raise MetaMergeError(f"{folder} fails the collapse gates: {'; '.join(failed)}.")
+    console.print(f"[bold]gates[/] all {sum(map(len, gates.values()))} passed")
+
+
+def try_refining(merger: Merger, groups: Sequence[Families], goal: Goal) -> dict[int, float]:
+    """Refine merged validation families by different numbers of steps.
+
+    Args:
+        merger: The merger.
+        groups: Validation families.
+        goal: What they are judged by.
+
+    Returns:
+        Steps -> mean accuracy.
+    """
+    found: dict[int, list[Tensor]] = {steps: [] for steps in REFINING}
+    for group in groups:
+        wanted, _ = judged(group, goal)
+        for rows in torch.arange(len(group)).split(goal.at_once):
+            members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
+            for steps, scores in found.items():
+                fused = fuse(merger, members, group.layout, steps=steps)
+                scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
+    return {steps: float(torch.cat(scores).mean()) for steps, scores in found.items()}
+
+
+def gates_of(merger: Merger, group: Families) -> list[Gate]:
+    """Run the collapse gates on families as they are merged in use.
+
+    Args:
+        merger: The merger.
+        group: Validation families of one zoo and size.
+
+    Returns:
+        The gates.
+    """
+    classes = group.variants.classes
+    return collapse_gates(
+        lambda members: fuse(merger, members, group.layout),
+        {key: tensor[:GATED] for key, tensor in group.weights.items()},
+        group.layout,
+        *group.images,
+        labels=None if classes is None else classes[:GATED],
+    )
