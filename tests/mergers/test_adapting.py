@@ -22,7 +22,7 @@ def furthest(found, expected):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(adapting, "STEPS", 20)
+    monkeypatch.setattr(adapting, "STEPS", (20, 20))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_many_inputs_are_split_once(family, trained_merger, monkeypatch):
 
 
 def test_labels_lift_the_fused_network(family, trained_merger, digits_zoo, monkeypatch):
-    monkeypatch.setattr(adapting, "STEPS", 200)
+    monkeypatch.setattr(adapting, "STEPS", (100, 300))
     members, layout, inputs, labels = family
     images, targets = digits_zoo.validation
     report = {}
