@@ -162,12 +162,19 @@ DISTILLED = "distilled from best member"
 WITH_500 = {"row": "calibrated", "data": "unlabelled:500"}
 WITH_200 = {"row": "adapted", "data": "labelled:200"}
 
-SMOOTH = {"prior": 7, "target": 1.0}  # on images of 28 x 28; all steps are taken
+SMOOTH = {"prior": 7, "target": 1.0, "garbage": 0.1}  # on images of 28 x 28; all steps are taken
 SKEWED_MERGER = Training(
     (FASHION_SKEWED,), {**SMOOTH, "families": 12, "steps": 240, "images": 384, "eval_every": 40}
 )
 MLP_MERGER = Training((FASHION_MLP,), {**SMOOTH, "families": 8, "steps": 150, "images": 256})
-CNN_MERGER = {"target": 1.0, "probes": 128, "families": 6, "images": 192, "eval_every": 30}
+CNN_MERGER = {
+    "target": 1.0,
+    "garbage": 0.1,
+    "probes": 128,
+    "families": 6,
+    "images": 192,
+    "eval_every": 30,
+}
 UNIVERSAL = Training(  # the merger that comes with the package
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
     {

@@ -82,7 +82,7 @@ class MergerOptions:
     images: int = 512  # objective images per step, at most
     noise: float = 0.5  # noise on objective images, in standard deviations of the inputs
     drop: float = 0.2  # share of steps in which some members are left out
-    garbage: float = 0.1  # share of steps in which one member is noise
+    garbage: float = 0.25  # share of steps in which one member is noise
     calibrated: float = 0.2  # share of steps on objective images in place of probes
     lr: float = 3e-3  # learning rate of AdamW at the start; falls to zero over the steps
     average: float = 0.95  # decay of the running average of parameters; 0 switches it off
