@@ -118,7 +118,7 @@ MIXED = {
     "lr": (0.001, 0.005),
     "train_families": 16,
     "validation_families": 4,
-    "test_families": 6,
+    "test_families": 12,
 }
 MNIST_MIXED = (
     ZooOptions(

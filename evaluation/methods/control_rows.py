@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from evaluation import controls
-from evaluation.compare import SCRATCH_SEED
+from evaluation.competitors import SCRATCH_SEED
 from evaluation.methods.rows import Call, Make, row_of, scored
 from evaluation.methods.settings import Draw, Setting
 from evaluation.metrics import accuracy, family_logits

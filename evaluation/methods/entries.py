@@ -131,7 +131,7 @@ def entries(layout: Layout, members: int, start: str, *, learned: bool) -> Itera
         record = get_method(entry.method)
         most = getattr(record, "most", None)
         unfit = most is not None and members > most
-        unfit |= "merger" in record.required and not learned
+        unfit |= "merger" in record.resources and not learned
         unfit |= "base" in record.required and start == "own"
         entry = Entry(entry.method, entry.align, entry.correct, _options(entry, members))
         if not unfit and entry.label not in seen:

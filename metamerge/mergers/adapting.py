@@ -104,7 +104,7 @@ def _starts(
 ) -> tuple[dict[str, Weights], Tensor, Tensor]:
     """Networks to start from, the inputs that hold them, and whom to trust there."""
     steps = merger.config.refine
-    probes = merger.watched(members, layout)
+    probes = merger.probes.for_members(members, layout)
     starts = {}
     for name, watched in (("weights only", probes), ("calibrated", inputs)):
         fused, trust = merger(members, layout, watched)

@@ -17,7 +17,7 @@ from metamerge.corrections.refit import observe
 from metamerge.mergers.gate import TOLD, CompetenceGate
 from metamerge.mergers.latents import LatentCoder, Latents, row_states
 from metamerge.mergers.messages import MessageRound
-from metamerge.mergers.probes import Probes, imagine
+from metamerge.mergers.probes import Probes
 from metamerge.mergers.reading import (
     Fusion,
     disagreement,
@@ -78,7 +78,7 @@ class AutoencoderMerger(nn.Module):
         self.config = config
         width = config.width
         starts = probes or {shape: torch.rand(config.probes, *shape) for shape in config.shapes}
-        self.probes = Probes(starts)
+        self.probes = Probes(starts, config.probes)
         self.embed = nn.Linear(UNIT_FEATURES, width)
         self.rounds = nn.ModuleList(MessageRound(width) for _ in range(config.rounds))
         self.mix = nn.ModuleDict({level: zero_head(width, 1) for level in config.levels})
@@ -113,7 +113,7 @@ class AutoencoderMerger(nn.Module):
         Raises:
             IncompatibleWeights: If there are no probes of the networks' input shape.
         """
-        probes = self.watched(members, layout) if inputs is None else inputs
+        probes = self.probes.for_members(members, layout) if inputs is None else inputs
         observed = observe(members, layout, probes)
         states = read_units(members, layout, observed, self.embed, self.rounds, sparse=sparse)
         mixing = mixing_of(states, self.mix)
@@ -136,22 +136,6 @@ class AutoencoderMerger(nn.Module):
             ridge=self.log_ridge.exp(),
         )
         return Fusion(weights, trust)
-
-    def watched(self, members: Weights, layout: Layout) -> Tensor:
-        """The probes that members are watched on: learned ones, or imagined ones.
-
-        Args:
-            members: Aligned members, ``[f, m, ...]``.
-            layout: Layers of their architecture.
-
-        Returns:
-            ``[p, ...]``.
-        """
-        probes = self.probes(layout.program.input_shape()[1:])
-        if probes is None:
-            generator = torch.Generator().manual_seed(0)
-            probes = imagine(members, layout, self.config.probes, generator)
-        return probes
 
     def _decoded(
         self,

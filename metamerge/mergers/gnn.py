@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metamerge.corrections.refit import observe
 from metamerge.mergers.gate import CompetenceGate
 from metamerge.mergers.messages import MessageRound
-from metamerge.mergers.probes import Probes, imagine
+from metamerge.mergers.probes import Probes
 from metamerge.mergers.reading import (
     Fusion,
     disagreement,
@@ -76,7 +76,7 @@ class GNNMerger(nn.Module):
         self.config = config
         width = config.width
         starts = probes or {shape: torch.rand(config.probes, *shape) for shape in config.shapes}
-        self.probes = Probes(starts)
+        self.probes = Probes(starts, config.probes)
         self.embed = nn.Linear(UNIT_FEATURES, width)
         self.rounds = nn.ModuleList(MessageRound(width) for _ in range(config.rounds))
         self.mix = nn.ModuleDict({level: zero_head(width, 1) for level in config.levels})
@@ -112,7 +112,7 @@ class GNNMerger(nn.Module):
         Raises:
             IncompatibleWeights: If there are no probes of the networks' input shape.
         """
-        probes = self.watched(members, layout) if inputs is None else inputs
+        probes = self.probes.for_members(members, layout) if inputs is None else inputs
         observed = observe(members, layout, probes)
         states = read_units(members, layout, observed, self.embed, self.rounds, sparse=sparse)
         spread = disagreement(members, layout)
@@ -134,22 +134,6 @@ class GNNMerger(nn.Module):
             ridge=self.log_ridge.exp(),
         )
         return Fusion(weights, trust)
-
-    def watched(self, members: Weights, layout: Layout) -> Tensor:
-        """The probes that members are watched on: learned ones, or imagined ones.
-
-        Args:
-            members: Aligned members, ``[f, m, ...]``.
-            layout: Layers of their architecture.
-
-        Returns:
-            ``[p, ...]``.
-        """
-        probes = self.probes(layout.program.input_shape()[1:])
-        if probes is None:
-            generator = torch.Generator().manual_seed(0)
-            probes = imagine(members, layout, self.config.probes, generator)
-        return probes
 
     def _residual(
         self, fused: Weights, members: Weights, layout: Layout, states: Mapping[str, Tensor]

@@ -20,10 +20,12 @@ class Probes(nn.Module):
 
     Args:
         starts: Shape of one input -> its bank, ``[p, *shape]``.
+        count: How many to imagine for inputs of other shapes.
     """
 
-    def __init__(self, starts: Mapping[tuple[int, ...], Tensor]) -> None:
+    def __init__(self, starts: Mapping[tuple[int, ...], Tensor], count: int = 256) -> None:
         super().__init__()
+        self.count = count
         self.banks = nn.ParameterDict(
             {name_of(shape): nn.Parameter(start.clone()) for shape, start in starts.items()}
         )
@@ -44,6 +46,21 @@ class Probes(nn.Module):
             return banks.get(name_of(shape))
         alike = [bank for bank in banks.values() if bank[0].numel() == shape[0]]
         return alike[0].flatten(1) if len(alike) == 1 else None
+
+    def for_members(self, members: Weights, layout: Layout) -> Tensor:
+        """Find what members are to be watched on: learned probes, or imagined ones.
+
+        Args:
+            members: Aligned members, ``[f, m, ...]``.
+            layout: Layers of their architecture.
+
+        Returns:
+            ``[p, ...]``.
+        """
+        learned = self(layout.program.input_shape()[1:])
+        if learned is not None:
+            return learned
+        return imagine(members, layout, self.count, torch.Generator().manual_seed(0))
 
 
 def name_of(shape: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ def reconstruct(
     Returns:
         ``[f, m, ...]``; what belongs to no layer, or to two, is as it was.
     """
-    probes = merger.watched(members, layout) if inputs is None else inputs
+    probes = merger.probes.for_members(members, layout) if inputs is None else inputs
     observed = observe(members, layout, probes)
     states = read_units(members, layout, observed, merger.embed, merger.rounds)
     latents = merger.coder.encode(members, layout, states)
@@ -66,7 +66,7 @@ def reconstruction_loss(
     loss = torch.stack(errors).mean()
     if not behaviour:
         return loss
-    images = merger.watched(members, layout) if inputs is None else inputs
+    images = merger.probes.for_members(members, layout) if inputs is None else inputs
     found, wanted = (
         predict({k: t.flatten(0, 1) for k, t in some.items()}, layout, images.detach())
         for some in (decoded, members)

@@ -48,7 +48,7 @@ def fuse(
     if inputs is not None:
         check_fit(layout.program, inputs)
     members, perm = in_canonical_order(members, layout)
-    watched = merger.watched(members, layout) if inputs is None else inputs
+    watched = merger.probes.for_members(members, layout) if inputs is None else inputs
     fused, trust = merger(members, layout, watched)
     steps = merger.config.refine if steps is None else steps
     if steps:

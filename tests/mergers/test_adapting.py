@@ -106,7 +106,7 @@ def test_what_a_fold_leaves_out_has_no_say_in_its_weights(family, trained_merger
     seen[0, 20:30] = False
     changed = labels.clone()
     changed[20:30] = (labels[20:30] + 1) % 10
-    probes = trained_merger.watched(members, layout)
+    probes = trained_merger.probes.for_members(members, layout)
     anchor = (probes, torch.full((len(probes), 10), 0.1))
     rates = torch.tensor([1e-2, 1e-2])
     one, other = (
@@ -175,7 +175,7 @@ def test_what_is_told_are_accuracies_of_every_start_and_rate(family, trained_mer
 
 def test_probes_hold_the_network_near_the_consensus(family, trained_merger):
     members, layout, inputs, labels = family
-    probes = trained_merger.watched(members, layout)
+    probes = trained_merger.probes.for_members(members, layout)
     wanted = F.one_hot(torch.arange(len(probes)) % 10, 10).float()
     start = {key: tensor.mean(1) for key, tensor in members.items()}
     rate, seen = torch.tensor([1e-2]), torch.ones(1, 60, dtype=torch.bool)

@@ -233,7 +233,7 @@ def test_each_shape_of_input_has_a_bank_of_its_own(make_case, make_merger):
     merger = make_merger(shapes=(SHAPE, (1, 9, 9)))
     for shape in (SHAPE, (1, 9, 9)):
         case = make_case("mlp", (6,), shape=shape)
-        bank = merger.watched(case.members, case.layout)
+        bank = merger.probes.for_members(case.members, case.layout)
         assert bank.shape == (48, *shape)
         found = merger(case.members, case.layout).weights
         assert furthest(merger(case.members, case.layout, bank).weights, found) == 0

@@ -161,7 +161,7 @@ def test_the_output_layer_is_fitted_to_the_consensus(mlp_case, make_merger):
     layout = Layout(mlp_case.layout.program.in_float64(), mlp_case.layout.spec)
     members = {key: t.double() for key, t in mlp_case.members.items()}
     fused, trust = merger(members, layout)
-    probes, first = merger.watched(members, layout), layout.layers[0]
+    probes, first = merger.probes.for_members(members, layout), layout.layers[0]
     wanted = consensus(trust, answers_of(members, layout, probes))  # [f, p, c]
     mean = average(members)
     hidden = (probes.flatten(1) @ mean[first.weight].mT + mean[first.bias][:, None]).relu()

@@ -237,7 +237,7 @@ def test_steps_refine_on_what_members_were_watched_on(case, make_merger):
     members, perm = in_canonical_order(align(case), case.layout)
     for inputs in (None, case.inputs):
         fused, trust = merger(members, case.layout, inputs)
-        watched = merger.watched(members, case.layout) if inputs is None else inputs
+        watched = merger.probes.for_members(members, case.layout) if inputs is None else inputs
         expected = refine(fused, members, case.layout, watched, trust, steps=4)
         found = fuse(merger, align(case), case.layout, inputs)
         assert furthest(found, case.layout.spec.unpermute(expected, perm)) < 1e-6
@@ -269,7 +269,7 @@ def test_a_network_of_other_inputs_is_refined_on_imagined_ones(make_case, make_m
     case = make_case("mlp", (6,), shape=(1, 9, 9))
     merger, members = make_merger(), align(case)
     fused = fuse(merger, members, case.layout, steps=3)
-    imagined = merger.watched(members, case.layout)
+    imagined = merger.probes.for_members(members, case.layout)
     given = fuse(merger, members, case.layout, imagined, steps=3)
     assert furthest(fused, given) < 1e-5
     assert furthest(fused, fuse(merger, members, case.layout, steps=0)) > 1e-4

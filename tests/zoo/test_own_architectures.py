@@ -280,7 +280,10 @@ def test_networks_without_a_norm_of_ours_refuse_one_as_well(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", r"'resnet' is unknown; there are \['cnn', 'mlp', 'resnet20'\], and any factory"),
+        (
+            "resnet",
+            r"'resnet' is unknown; there are \['cnn', 'convnet', 'mlp', 'resnet20'\], and any factory",
+        ),
         ("my_nets.shapes", "is unknown; .* as package.module:factory"),
         ("my_nets.shapes:", "is unknown; .* as package.module:factory"),
         ("my_nets.shapes:missing", "cannot be imported .*no attribute 'missing'"),

@@ -73,7 +73,7 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(option, value, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"architecture": "transformer"}, r"'transformer' is unknown; there are \['cnn', 'mlp'"),
+        ({"architecture": "transformer"}, r"'transformer' is unknown; there are \['cnn', 'convnet"),
         ({"architecture": "nowhere:net"}, r"'nowhere:net' cannot be imported.*PYTHONPATH"),
         ({"architecture": "math:pi"}, r"'math:pi' is float, not a factory"),
         ({"augment": ("rotate",)}, "rotate"),
