@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from metamerge import mergers
-from metamerge.checkpoints import read_checkpoints
-from metamerge.mergers import load_merger, read_card
+from metamerge.mergers import load_merger, read_card, read_kind
 from metamerge.registry import get_method
 
 RESIDUAL = ("row_factor.", "prior")  # parameters of the residual and of the input prior
@@ -64,7 +63,7 @@ def read_contestants(folders: Sequence[str]) -> list[Contestant]:
     """
     folders = list(dict.fromkeys(folders))
     networks = [load_merger(folder) for folder in folders]
-    kinds = [read_checkpoints(folder)[0].metadata["kind"] for folder in folders]
+    kinds = [read_kind(folder) for folder in folders]
     found = []
     for folder, kind, merger in zip(folders, kinds, networks, strict=True):
         alone = Counter(kinds)[kind] == 1

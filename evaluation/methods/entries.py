@@ -113,7 +113,7 @@ class Entry:
         return data != "none" or "generator" in used
 
 
-def entries(layout: Layout, members: int, start: str, *, learned: bool) -> Iterator[Entry]:
+def entries(layout: Layout, members: int, start: str, *, learned: str | None) -> Iterator[Entry]:
     """All ways to merge that fit a setting.
 
     Args:
@@ -121,7 +121,7 @@ def entries(layout: Layout, members: int, start: str, *, learned: bool) -> Itera
         members: Members per family.
         start: ``own`` or ``common``: a common base takes methods that read members as changes of
             it, or that take them as they are.
-        learned: Whether a trained merger is there.
+        learned: The method of the trained merger that is there; None leaves learned ones out.
 
     Yields:
         Entries, each once.
@@ -131,7 +131,7 @@ def entries(layout: Layout, members: int, start: str, *, learned: bool) -> Itera
         record = get_method(entry.method)
         most = getattr(record, "most", None)
         unfit = most is not None and members > most
-        unfit |= "merger" in record.resources and not learned
+        unfit |= "merger" in record.resources and record.name != learned
         unfit |= "base" in record.required and start == "own"
         entry = Entry(entry.method, entry.align, entry.correct, _options(entry, members))
         if not unfit and entry.label not in seen:

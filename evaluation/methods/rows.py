@@ -14,6 +14,7 @@ from evaluation.metrics import accuracy
 from metamerge.alignment.aligning import align_members
 from metamerge.api import merge
 from metamerge.checkpoints import Checkpoint
+from metamerge.mergers import read_kind
 from metamerge.registry import get_alignment, get_method
 from metamerge.weights import Weights, stack
 from zoo.training import predict
@@ -52,8 +53,9 @@ def merge_calls(setting: Setting, merger: str | None) -> Iterator[Call]:
     Yields:
         One call per row.
     """
+    learned = None if merger is None else read_kind(merger)
     for start, draws in setting.starts.items():
-        for entry in entries(setting.layout, setting.members, start, learned=merger is not None):
+        for entry in entries(setting.layout, setting.members, start, learned=learned):
             for data in filter(entry.possible, DATA):
                 about = {"start": start, "method": entry.label, "data": data, "control": False}
                 once = setting.one_family and not entry.random(data)

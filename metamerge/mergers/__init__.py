@@ -2,7 +2,14 @@
 
 from metamerge.mergers.adapting import adapt
 from metamerge.mergers.autoencoder import AutoencoderConfig, AutoencoderMerger
-from metamerge.mergers.files import Merger, bundled_merger, load_merger, read_card, save_merger
+from metamerge.mergers.files import (
+    Merger,
+    bundled_merger,
+    load_merger,
+    read_card,
+    read_kind,
+    save_merger,
+)
 from metamerge.mergers.gate import consensus
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
 from metamerge.mergers.objective import ThresholdObjective, wilson_lower_bound
@@ -26,6 +33,7 @@ __all__ = [
     "load_merger",
     "probe_start",
     "read_card",
+    "read_kind",
     "reconstruction_loss",
     "refine",
     "save_merger",

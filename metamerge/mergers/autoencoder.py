@@ -13,21 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metamerge.corrections.refit import observe
 from metamerge.mergers.gate import TOLD, CompetenceGate
 from metamerge.mergers.latents import LatentCoder, Latents, row_states
 from metamerge.mergers.messages import MessageRound
 from metamerge.mergers.probes import Probes
-from metamerge.mergers.reading import (
-    Fusion,
-    disagreement,
-    fit,
-    mixing_of,
-    read_units,
-    trust_in,
-    variance_over_members,
-    zero_head,
-)
+from metamerge.mergers.reading import Fusion, finish, read_members, variance_over_members, zero_head
 from metamerge.mergers.tokens import UNIT_FEATURES
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.structure.units import mix_units
@@ -113,29 +103,12 @@ class AutoencoderMerger(nn.Module):
         Raises:
             IncompatibleWeights: If there are no probes of the networks' input shape.
         """
-        probes = self.probes.for_members(members, layout) if inputs is None else inputs
-        observed = observe(members, layout, probes)
-        states = read_units(members, layout, observed, self.embed, self.rounds, sparse=sparse)
-        mixing = mixing_of(states, self.mix)
-        fused = self._decoded(members, layout, states, mixing)
+        seen = read_members(self, members, layout, inputs, sparse=sparse)
+        fused = self._decoded(members, layout, seen.states, seen.mixing)
         if not self.config.skip:
-            state = states[OUTPUTS]
+            state = seen.states[OUTPUTS]
             return Fusion(fused, state.new_zeros(*state.shape[:3], TOLD))
-        spread = disagreement(members, layout)
-        trust = trust_in(self.gate, members, layout, states, observed, spread)
-        weights = fit(
-            fused,
-            layout,
-            probes,
-            observed,
-            mixing=mixing,
-            lift={space: self.gain(state.mean(1)).squeeze(-1) for space, state in states.items()},
-            spread=spread,
-            trust=None if self.gate is None else trust,
-            strength=self.strength,
-            ridge=self.log_ridge.exp(),
-        )
-        return Fusion(weights, trust)
+        return finish(self, fused, members, layout, seen)
 
     def _decoded(
         self,

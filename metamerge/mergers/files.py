@@ -94,6 +94,22 @@ def read_card(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return _read(folder).metadata.get("card", {})
 
 
+def read_kind(folder: str | os.PathLike[str]) -> str:
+    """The merge method that a stored merger is for.
+
+    Args:
+        folder: The merger's folder.
+
+    Returns:
+        ``gnn`` or ``autoencoder``.
+
+    Raises:
+        ConfigError: If there is no merger at that place.
+        Unreadable: If the folder holds something else.
+    """
+    return _read(folder).metadata["kind"]
+
+
 def _blank(configuration: type, made: type, stored: Mapping[str, Any]) -> Merger:
     """A merger of a stored configuration; its init is drawn only to be replaced."""
     known = {field.name for field in fields(configuration)}

@@ -13,20 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metamerge.corrections.refit import observe
 from metamerge.mergers.gate import CompetenceGate
 from metamerge.mergers.messages import MessageRound
 from metamerge.mergers.probes import Probes
-from metamerge.mergers.reading import (
-    Fusion,
-    disagreement,
-    fit,
-    mixing_of,
-    read_units,
-    trust_in,
-    variance_over_members,
-    zero_head,
-)
+from metamerge.mergers.reading import Fusion, Reading, finish, read_members, zero_head
 from metamerge.mergers.tokens import UNIT_FEATURES
 from metamerge.structure import Layout
 from metamerge.structure.units import mix_units, spread_over
@@ -112,42 +102,23 @@ class GNNMerger(nn.Module):
         Raises:
             IncompatibleWeights: If there are no probes of the networks' input shape.
         """
-        probes = self.probes.for_members(members, layout) if inputs is None else inputs
-        observed = observe(members, layout, probes)
-        states = read_units(members, layout, observed, self.embed, self.rounds, sparse=sparse)
-        spread = disagreement(members, layout)
-        mixing = mixing_of(states, self.mix)
-        fused = mix_units(members, layout, mixing)
-        fused = self._residual(fused, members, layout, states)
-        fused = self._with_prior(fused, layout, spread)
-        trust = trust_in(self.gate, members, layout, states, observed, spread)
-        weights = fit(
-            fused,
-            layout,
-            probes,
-            observed,
-            mixing=mixing,
-            lift={space: self.gain(state.mean(1)).squeeze(-1) for space, state in states.items()},
-            spread=spread,
-            trust=None if self.gate is None else trust,
-            strength=self.strength,
-            ridge=self.log_ridge.exp(),
-        )
-        return Fusion(weights, trust)
+        seen = read_members(self, members, layout, inputs, sparse=sparse)
+        fused = mix_units(members, layout, seen.mixing)
+        fused = self._residual(fused, layout, seen)
+        fused = self._with_prior(fused, layout, seen.spread)
+        return finish(self, fused, members, layout, seen)
 
-    def _residual(
-        self, fused: Weights, members: Weights, layout: Layout, states: Mapping[str, Tensor]
-    ) -> Weights:
+    def _residual(self, fused: Weights, layout: Layout, seen: Reading) -> Weights:
         """Low-rank change of every layer, no entry larger than the members' deviation there."""
         if not self.config.rank:
             return fused
-        fused, means = dict(fused), {space: state.mean(1) for space, state in states.items()}
+        fused, means = dict(fused), {space: state.mean(1) for space, state in seen.states.items()}
         for layer in layout.unshared:
             rows, columns = (
                 units.joined(means, 1) for units in (layout.rows(layer), layout.columns(layer))
             )
             change = (self.row_factor(rows) @ self.column_factor(columns).mT).tanh()
-            deviation = (variance_over_members(members[layer.weight]) + 1e-12).sqrt() - 1e-6
+            deviation = (seen.variance[layer.weight] + 1e-12).sqrt() - 1e-6
             fused[layer.weight] = fused[layer.weight] + spread_over(
                 change, layer, layout, deviation
             )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metamerge.corrections.refit import Target, construct, mixed_target
+from metamerge.corrections.refit import Target, construct, mixed_target, observe
 from metamerge.mergers.gate import TOLD, CompetenceGate, consensus
 from metamerge.mergers.tokens import unit_tokens
 from metamerge.structure import OUTPUTS, Layer, Layout
@@ -24,6 +24,83 @@ class Fusion(NamedTuple):
 
     weights: Weights
     trust: Tensor
+
+
+class Reading(NamedTuple):
+    """What a merger reads of its members before it fuses anything.
+
+    Attributes:
+        probes: Inputs that they were watched on, ``[b, ...]``.
+        observed: Pre-activations on them per layer, ``[f, m, r, o]``.
+        states: Space -> states of its units, ``[f, m, n, width]``.
+        mixing: Space -> coefficients over members, ``[f, m, n]``.
+        variance: Key of a layer's weight -> its variance over members, ``[f, ...]``.
+        spread: What ``disagreement`` says of every layer, ``[f]``.
+    """
+
+    probes: Tensor
+    observed: dict[str, Tensor]
+    states: dict[str, Tensor]
+    mixing: dict[str, Tensor]
+    variance: dict[str, Tensor]
+    spread: dict[str, Tensor]
+
+
+def read_members(
+    merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor | None, *, sparse: bool
+) -> Reading:
+    """Watch members on probes, read their units, and say how they are to be mixed.
+
+    Args:
+        merger: A merger, with ``probes``, ``embed``, ``rounds`` and heads to ``mix`` by.
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Layers of their architecture.
+        inputs: Inputs that take the place of the probes, or None.
+        sparse: Whether messages take the sparse path.
+
+    Returns:
+        What was read.
+    """
+    probes = merger.probes.for_members(members, layout) if inputs is None else inputs
+    observed = observe(members, layout, probes)
+    states = read_units(members, layout, observed, merger.embed, merger.rounds, sparse=sparse)
+    variance = {x.weight: variance_over_members(members[x.weight]) for x in layout.layers}
+    mixing = mixing_of(states, merger.mix)
+    return Reading(
+        probes, observed, states, mixing, variance, disagreement(members, layout, variance)
+    )
+
+
+def finish(
+    merger: nn.Module, fused: Weights, members: Weights, layout: Layout, seen: Reading
+) -> Fusion:
+    """Let the gate say whom to trust, and refit fused weights to that.
+
+    Args:
+        merger: A merger, with ``gate``, ``gain``, ``strength`` and ``log_ridge``.
+        fused: What it has fused, ``[f, ...]``.
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Layers of their architecture.
+        seen: What it has read of them.
+
+    Returns:
+        The outcome.
+    """
+    trust = trust_in(merger.gate, members, layout, seen.states, seen.observed, seen.spread)
+    lift = {space: merger.gain(state.mean(1)).squeeze(-1) for space, state in seen.states.items()}
+    weights = fit(
+        fused,
+        layout,
+        seen.probes,
+        seen.observed,
+        mixing=seen.mixing,
+        lift=lift,
+        spread=seen.spread,
+        trust=None if merger.gate is None else trust,
+        strength=merger.strength,
+        ridge=merger.log_ridge.exp(),
+    )
+    return Fusion(weights, trust)
 
 
 def read_units(
@@ -178,12 +255,15 @@ def weight_edges(
     return edges
 
 
-def disagreement(members: Weights, layout: Layout) -> dict[str, Tensor]:
+def disagreement(
+    members: Weights, layout: Layout, variance: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """How far members differ: their variance over their mean square, per layer, in [0, 1).
 
     Args:
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of the architecture.
+        variance: Key of a layer's weight -> its variance over members, where that is known.
 
     Returns:
         Key of the layer's weight -> ``[f]``; 0 where all members are equal.
@@ -191,8 +271,9 @@ def disagreement(members: Weights, layout: Layout) -> dict[str, Tensor]:
     spread = {}
     for layer in layout.layers:
         weight = members[layer.weight]
-        variance = variance_over_members(weight).flatten(1).mean(1)
-        spread[layer.weight] = variance / weight.square().flatten(1).mean(1).clamp_min(1e-12)
+        own = variance_over_members(weight) if variance is None else variance[layer.weight]
+        square = weight.square().flatten(1).mean(1).clamp_min(1e-12)
+        spread[layer.weight] = own.flatten(1).mean(1) / square
     return spread
 
 
