@@ -114,8 +114,9 @@ def merge(
     them, whatever the method.
 
     Args:
-        checkpoints: Paths, folders, state dicts, modules or zoo members, in any mixture; a zoo
-            address such as ``zoos/digits#test-k8/3`` stands for all members of a family.
+        checkpoints: Paths, folders, state dicts, modules, zoo members or addresses of MLflow such
+            as ``runs:/<run>/<model>`` and ``models:/<name>@<alias>``, in any mixture; a zoo address
+            such as ``zoos/digits#test-k8/3`` stands for all members of a family.
         method: One of ``list_methods()``.
         align: One of ``list_alignments()`` or several, one after the other, such as
             ``["canonical", "weight_matching"]``; None for members as they are; ``"default"`` for
@@ -124,8 +125,8 @@ def merge(
             what is done to the fused weights on the inputs of ``batches``.
         model: A module of the members' architecture; not needed where a checkpoint carries its
             program, as those of a zoo do, or where a member is a module itself.
-        merger: A trained merger, or its folder, for learned methods; None for the one that comes
-            with the package.
+        merger: A trained merger, its folder or its address in MLflow, for learned methods; None
+            for the one that comes with the package.
         batches: Calibration data: inputs ``[b, ...]``, a pair (inputs, labels), or an iterable of
             these.
         base: The checkpoint that the members were fine-tuned from, for methods that want it.

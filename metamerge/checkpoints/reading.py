@@ -13,16 +13,17 @@ from torch.nn import Module
 from metamerge.checkpoints.checkpoint import MAX_BYTES, Checkpoint
 from metamerge.checkpoints.files import read_file
 from metamerge.checkpoints.folders import read_folder
+from metamerge.checkpoints.mlflow_models import downloaded, is_mlflow_address
 from metamerge.checkpoints.opening import display
 from metamerge.checkpoints.plain import plain_weights
 from metamerge.checkpoints.shards import INDEX_SUFFIX, read_sharded
 from metamerge.checkpoints.zoo_members import read_members
-from metamerge.errors import ConfigError, Unreadable
+from metamerge.errors import ConfigError, MetaMergeError, Unreadable
 from metamerge.weights import Weights
 
 Source = str | os.PathLike | Mapping[str, Tensor] | Module | Checkpoint
 
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def read_checkpoints(
@@ -33,7 +34,9 @@ def read_checkpoints(
     Args:
         source: A safetensors file, a file of torch.save (told by content, not by name), a folder
             with a single file or with an index of shards, a zoo address
-            ``<folder>#<group>/<family>[/<member>]``, a module, a state dict, or a checkpoint.
+            ``<folder>#<group>/<family>[/<member>]``, an address of MLflow such as
+            ``runs:/<run>/<model>`` or ``models:/<name>@<alias>``, a module, a state dict, or a
+            checkpoint.
         name: What messages call it; by default its path or type. Members of a family keep their
             addresses.
         max_bytes: Largest number of tensor bytes that are read from files.
@@ -43,7 +46,7 @@ def read_checkpoints(
         with them where they can. Values are not looked at: see ``check_finite``.
 
     Raises:
-        ConfigError: If the source is of another kind, a URI, or an address out of range.
+        ConfigError: If the source is of another kind, another URI, or an address out of range.
         Unreadable: If a source is missing, damaged or holds no tensors.
         CheckpointError: If a file cannot be read safely and in full.
         IncompatibleWeights: If a tensor is of a kind that cannot be merged.
@@ -80,6 +83,8 @@ def _from_path(text: str, max_bytes: int) -> list[Checkpoint]:
     if os.path.isdir(path):
         return [read_folder(path, max_bytes)]
     if not os.path.exists(path):
+        if is_mlflow_address(text):
+            return [_from_mlflow(text, max_bytes)]
         _refuse_uri(text)
         if "#" in text:
             return read_members(text, max_bytes)
@@ -89,14 +94,17 @@ def _from_path(text: str, max_bytes: int) -> list[Checkpoint]:
 
 
 def _refuse_uri(text: str) -> None:
-    uri = _URI.match(text)
-    if uri and uri[1] in ("runs", "models", "mlflow-artifacts"):
-        raise ConfigError(
-            f"{display(text)}: is an MLflow URI. Download it first, with `mlflow artifacts "
-            f"download -u <uri>`, and give the local path."
-        )
-    if uri:
+    if _URI.match(text):
         raise ConfigError(f"{display(text)}: is a URI. Download it and give the local path.")
+
+
+def _from_mlflow(address: str, max_bytes: int) -> Checkpoint:
+    with downloaded(address) as path:
+        read = read_folder if path.is_dir() else read_file
+        try:
+            return replace(read(path, max_bytes), name=display(address))
+        except MetaMergeError as error:  # it names a path that is gone afterwards
+            raise type(error)(str(error).replace(str(path), display(address))) from error
 
 
 def _from_module(module: Module) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from metamerge.checkpoints import Checkpoint, read_checkpoints, save_checkpoint
+from metamerge.checkpoints.mlflow_models import is_mlflow_address
 from metamerge.errors import ConfigError, IncompatibleWeights, Unreadable
 from metamerge.mergers.autoencoder import AutoencoderConfig, AutoencoderMerger
 from metamerge.mergers.gnn import GNNConfig, GNNMerger
@@ -43,7 +44,7 @@ def load_merger(folder: str | os.PathLike[str]) -> Merger:
     """Read a merger that ``save_merger`` wrote.
 
     Args:
-        folder: Its folder.
+        folder: Its folder, or its address in MLflow.
 
     Returns:
         The merger, in eval mode, on the CPU.
@@ -129,7 +130,7 @@ def _as_tuples(value: Any) -> Any:
 
 def _read(folder: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint of a merger, or the reason why there is none."""
-    if not Path(folder).is_dir():
+    if not is_mlflow_address(os.fspath(folder)) and not Path(folder).is_dir():
         raise ConfigError(
             f"merger: there is no folder {os.fspath(folder)!r}. Train one with `accelerate launch "
             "trainers/merger.py` and pass its folder, or choose a method that needs none, such as "

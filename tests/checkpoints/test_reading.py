@@ -103,12 +103,6 @@ def test_other_types_are_refused(source):
         read_checkpoints(source)
 
 
-@pytest.mark.parametrize("uri", ["runs:/0a1b/model", "models:/name@best", "models:/m-12"])
-def test_mlflow_addresses_are_to_be_downloaded_first(uri):
-    with pytest.raises(ConfigError, match="mlflow artifacts download"):
-        read_checkpoints(uri)
-
-
 @pytest.mark.parametrize("uri", ["https://host/a.safetensors", "s3://bucket/a#b/0", "file:/a.pt"])
 def test_other_addresses_are_to_be_downloaded_first(uri):
     with pytest.raises(ConfigError, match="Download it"):
