@@ -1,5 +1,6 @@
 """What several rooms are tested on: a small real zoo, a merger trained on it, wired networks."""
 
+import os
 from functools import cache
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ from zoo.parts import split_task
 from zoo.splits import dirichlet
 from zoo.tasks import load_task
 from zoo.training import init_networks, train_networks
+
+os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # seconds, and noise
 
 FAMILIES, MEMBERS, TRAINED_ON = 48, 4, 36
 

@@ -1,5 +1,6 @@
 """What is left to do once a merger is trained: steps of refining, gates, card, files."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from evaluation.gates import Gate, collapse_gates
+from evaluation.tracking import Run
 from metamerge.errors import MetaMergeError
 from metamerge.mergers import Merger, fuse, save_merger
 from trainers.families import Data, Families
@@ -21,9 +23,14 @@ GATED = 12  # families per size that gates are run on
 
 
 def finish(
-    record: Mapping[str, Any], goal: Goal, console: Console, data: Data, best: Outcome
+    record: Mapping[str, Any],
+    goal: Goal,
+    console: Console,
+    data: Data,
+    best: Outcome,
+    tracked: Run,
 ) -> None:
-    """Choose steps of refining, run the gates, write card and files of the best merger.
+    """Choose steps of refining, run the gates, write and log card and files of the best merger.
 
     Args:
         record: Options of the training.
@@ -31,6 +38,7 @@ def finish(
         console: Where to print.
         data: Zoos and families.
         best: The best merger.
+        tracked: The run of the training.
 
     Raises:
         MetaMergeError: If a gate is broken; the files are written all the same, with the gates in
@@ -60,6 +68,10 @@ def finish(
         },
     }
     folder = save_merger(merger.cpu(), record["out"], card)
+    tracked.text(json.dumps(card, indent=1), "card.json")
+    tracked.metrics({"refined_accuracy": refined[steps], "best_step": best.step})
+    tracked.metrics({f"gates/{k}/{g.name}": g.value for k, own in gates.items() for g in own})
+    tracked.merger(folder, registered=record.get("registered"))
     failed = [
         f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}"
         for k, f in gates.items()

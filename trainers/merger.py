@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from evaluation.metrics import common_task
-from evaluation.tracking import track
+from evaluation.tracking import Run, track, zoo_datasets
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import (
     AutoencoderConfig,
@@ -52,7 +52,8 @@ from zoo.recipe import ZooOptions
 from zoo.store import Zoo, load_zoo
 
 KINDS = ("gnn", "autoencoder")
-PLACES = ("out", "tracking", "experiment", "save_every")  # options that do not shape the result
+# options that do not shape the result
+PLACES = ("out", "tracking", "experiment", "registered", "save_every")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class MergerOptions:
     save_every: int = 50  # steps between two saved training states
     tracking: bool = True  # log to MLflow
     experiment: str = "metamerge"  # name of the MLflow experiment
+    registered: str | None = None  # name in MLflow's registry that the merger is a new version of
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense.
@@ -212,9 +214,9 @@ def train(options: MergerOptions, accelerator: Accelerator) -> None:
             guards.enter_context(split.training())
         data = read_data(zoos, accelerator.device)
         merger = make_merger(options, data.training)
-        outcome = fit(options, accelerator, console, data, merger)
+        outcome, tracked = fit(options, accelerator, console, data, merger, guards)
         if accelerator.is_main_process:
-            finish(asdict(options), options.goal(), console, data, outcome)
+            finish(asdict(options), options.goal(), console, data, outcome, tracked)
 
 
 def fit(
@@ -223,8 +225,9 @@ def fit(
     console: Console,
     data: Data,
     merger: Merger,
-) -> Outcome:
-    """The loop: until the Wilson bound reaches the target, or the steps are used up."""
+    guards: ExitStack,
+) -> tuple[Outcome, Run]:
+    """The loop, until the Wilson bound reaches the target or the steps are used up; its run."""
     world, objective, drawing = (
         accelerator.num_processes,
         options.objective(),
@@ -249,12 +252,16 @@ def fit(
     clock = time.perf_counter() - best.seconds
     tracking = track(
         f"train {options.out}",
-        options={**asdict(options), "zoo_digests": data.digests, "processes": world},
+        options={**asdict(options), "processes": world},
         experiment=options.experiment,
+        inputs=zoo_datasets(data.zoos, "training"),
         resume=best.run,
+        record=f"{options.out}.offline",
+        system=True,
         enabled=options.tracking and accelerator.is_main_process,
     )
-    with tracking as tracked, progress_bar(console, options.steps, start) as advance:
+    tracked = guards.enter_context(tracking)  # open until the merger is judged and written
+    with progress_bar(console, options.steps, start) as advance:
         best.run = tracked.id
         for step in range(start, options.steps):
             if best.stopped:
@@ -279,7 +286,7 @@ def fit(
             due = done % options.save_every == 0 or done == options.steps or best.stopped
             if due and accelerator.is_main_process:
                 save_state(states, done, *snapshot(merger, averaged, optimizer, best, mark))
-    return best
+    return best, tracked
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ that does not they are kept beside the run's output and uploaded later, by
 """
 
 from evaluation.tracking.context import track
+from evaluation.tracking.data import zoo_datasets
 from evaluation.tracking.events import Dataset
 from evaluation.tracking.run import Run
 
-__all__ = ["Dataset", "Run", "track"]
+__all__ = ["Dataset", "Run", "track", "zoo_datasets"]

@@ -223,6 +223,17 @@ def test_the_run_in_mlflow_holds_options_and_curves(trained, place):
     assert [point.step for point in curve] == [20, 40, 60]
     best = max(point.value for point in curve)
     assert best == pytest.approx(trained.card["validation"]["validation_accuracy"])
+    assert {key for key in run.data.metrics if key.startswith("gates/k2/")}
+
+
+def test_the_run_names_its_zoo_and_has_the_merger_and_its_card(trained, place, zoo, monkeypatch):
+    client, (run,) = runs(place, "train whole")
+    read = {one.dataset.name: one.dataset.digest for one in run.inputs.dataset_inputs}
+    assert read == {"digits": zoo.manifest["task"]["digest"][:36], "zoo zoo": zoo.digest[:36]}
+    assert "card.json" in {found.path for found in client.list_artifacts(run.info.run_id)}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+    back = load_merger(f"runs:/{run.info.run_id}/m").state_dict()
+    assert all(torch.equal(back[k], t) for k, t in load_merger(trained.folder).state_dict().items())
 
 
 def test_other_options_are_not_resumed_and_nothing_is_touched(
