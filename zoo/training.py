@@ -173,19 +173,23 @@ def _chunk_size(program: Program, weights: Weights, inputs: Tensor, batch_size: 
 
 
 @torch.no_grad()
-def predict(program: Program, weights: Weights, inputs: Tensor, *, budget: int = 2**26) -> Tensor:
+def predict(
+    program: Program, weights: Weights, inputs: Tensor, *, budget: int | None = None
+) -> Tensor:
     """Outputs of ``n`` networks on common inputs, in chunks of networks and of inputs.
 
     Args:
         program: The architecture.
         weights: Stacked state dicts ``[n, ...]``.
         inputs: ``[b, ...]``.
-        budget: Numbers that the widest value of a chunk may hold, roughly.
+        budget: Numbers that the widest value of a chunk may hold, roughly; by default what a
+            core's cache holds, or 2**26 on a GPU.
 
     Returns:
         ``[n, b, c]``.
     """
     n = len(next(iter(weights.values())))
+    budget = budget or (CACHE // 4 if inputs.device.type == "cpu" else 2**26)
     rows = max(1, min(len(inputs), budget // program.widest))
     size = max(1, budget // (program.widest * rows))
     chunks = []

@@ -5,6 +5,7 @@ number per network out.
 """
 
 from evaluation.metrics.classification import (
+    Answers,
     Reliability,
     accuracy,
     agreement,
@@ -13,6 +14,7 @@ from evaluation.metrics.classification import (
     classification_scores,
     mixture_accuracies,
     negative_log_likelihood,
+    read_answers,
     references,
     reliability,
     soft_vote,
@@ -36,6 +38,7 @@ from evaluation.metrics.tasks import common_task
 from metamerge.corrections.variance import unit_variances, variance_ratio
 
 __all__ = [
+    "Answers",
     "Landscape",
     "Reliability",
     "accuracy",
@@ -58,6 +61,7 @@ __all__ = [
     "negative_log_likelihood",
     "output_cosines",
     "r2",
+    "read_answers",
     "references",
     "regression_scores",
     "relative_distances",

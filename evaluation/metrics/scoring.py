@@ -14,8 +14,8 @@ from metamerge.structure import Program
 from metamerge.weights import Weights
 from zoo.training import predict
 
-BYTES = 2**28  # of the largest tensor that scoring makes
-CACHED = 2**21  # numbers of the widest value that a pass makes: what a core's cache holds is fast
+SAID = 2**20  # bytes of the outputs that are scored at a time: what a core's cache holds is fast
+WEIGHTS = 2**28  # bytes of one tensor of the networks that are made at a time
 
 
 def family_logits(program: Program, families: Weights, inputs: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def score_networks(
     parts = []
     for at in chunks(program, weights, len(inputs)):
         own = {key: tensor[at] for key, tensor in weights.items()}
-        outputs = predict(program, own, inputs, budget=CACHED)
+        outputs = predict(program, own, inputs)
         wanted = targets[at] if own_targets else targets
         parts.append(score_outputs(outputs, wanted, segments=segments, bins=bins))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -114,7 +114,6 @@ def at_once(program: Program, network: Weights, rows: int) -> int:
     Returns:
         At least 1.
     """
-    told = program.shapes[program.output]
-    said = rows * 4 * max(1, told[-1] or 1)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in network.values())
-    return max(1, BYTES // max(said, weights))
+    said = rows * 4 * max(1, program.shapes[program.output][-1] or 1)
+    largest = max(tensor.numel() * tensor.element_size() for tensor in network.values())
+    return max(1, min(SAID // said, WEIGHTS // max(1, largest)))
