@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from metamerge.weights import Weights
-
-_COLUMNS = 2**18  # parameters at a time
+from zoo.weight_space import gram
 
 
 def cosines(weights: Weights) -> Tensor:
@@ -20,9 +19,9 @@ def cosines(weights: Weights) -> Tensor:
     Returns:
         ``[n, n]`` in float64; NaN for a network of zeros.
     """
-    gram = _gram(weights, centred=False)
-    norms = gram.diagonal().sqrt()
-    return gram / (norms[:, None] * norms)
+    inner = gram(weights, centred=False)
+    norms = inner.diagonal().sqrt()
+    return inner / (norms[:, None] * norms)
 
 
 def distances(weights: Weights) -> Tensor:
@@ -34,9 +33,9 @@ def distances(weights: Weights) -> Tensor:
     Returns:
         ``[n, n]`` in float64.
     """
-    gram = _gram(weights, centred=True)  # small numbers: what all share would drown the difference
-    squares = gram.diagonal()
-    return (squares[:, None] + squares - 2 * gram).clamp_min(0).sqrt().fill_diagonal_(0.0)
+    inner = gram(weights, centred=True)  # what all networks share would drown the difference
+    squares = inner.diagonal()
+    return (squares[:, None] + squares - 2 * inner).clamp_min(0).sqrt().fill_diagonal_(0.0)
 
 
 def relative_distances(weights: Weights) -> Tensor:
@@ -48,7 +47,7 @@ def relative_distances(weights: Weights) -> Tensor:
     Returns:
         ``[n, n]`` in float64; the square root of 2 for independent networks of one size.
     """
-    norms = _gram(weights, centred=False).diagonal().sqrt()
+    norms = gram(weights, centred=False).diagonal().sqrt()
     return distances(weights) / norms.mean()
 
 
@@ -78,16 +77,3 @@ def mean_of_pairs(matrix: Tensor) -> Tensor:
     count = matrix.shape[-1]
     own = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
     return (matrix.sum((-2, -1)) - own) / (count * (count - 1))
-
-
-def _gram(weights: Weights, *, centred: bool) -> Tensor:
-    """Inner products of all weight vectors, or of their differences from the mean, ``[n, n]``."""
-    count = len(next(iter(weights.values())))
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    for tensor in weights.values():
-        if tensor.is_floating_point():
-            for some in tensor.flatten(1).split(_COLUMNS, 1):
-                own = some.double().cpu()
-                own = own - own.mean(0) if centred else own
-                gram += own @ own.T
-    return gram
