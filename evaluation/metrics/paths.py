@@ -62,13 +62,11 @@ def lines(members: int, points: int = 11) -> tuple[list[tuple[int, int]], Tensor
         points: Mixtures on each line, at least 2.
 
     Returns:
-        The pairs ``(i, j)``, i < j, and coefficients ``[pairs, points, m]`` in float64: the first of a line is
-        member i, the last member j.
+        The pairs ``(i, j)``, i < j, and coefficients ``[pairs, points, m]`` in float64: the first
+        of a line is member i, the last member j.
     """
-    pairs, time = (
-        list(combinations(range(members), 2)),
-        torch.linspace(0, 1, points, dtype=torch.float64),
-    )
+    pairs = list(combinations(range(members), 2))
+    time = torch.linspace(0, 1, points, dtype=torch.float64)
     coefficients = torch.zeros(len(pairs), points, members, dtype=torch.float64)
     for own, (first, second) in zip(coefficients, pairs, strict=True):
         own[:, first], own[:, second] = 1 - time, time
