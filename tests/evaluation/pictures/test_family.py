@@ -43,6 +43,11 @@ def fused(bench, trained_merger):
     }
 
 
+@pytest.fixture(scope="module")
+def figures(bench, fused, trained_merger):
+    return family_figures(bench, fused, merger=trained_merger, title="digits")
+
+
 def test_lines_begin_and_end_at_the_members(bench):
     inputs, targets = bench.judged.split.images("test")
     own = {key: tensor[1] for key, tensor in bench.families.items()}
@@ -85,22 +90,20 @@ def test_the_average_has_lost_variance(bench, fused):
     assert all(own.shape == (3,) and (own < 1).all() for own in ratios.values())
 
 
-def test_all_pictures_of_a_family_are_drawn(bench, fused, trained_merger, tmp_path):
-    made = family_figures(bench, fused, merger=trained_merger, title="digits")
+def test_all_pictures_of_a_family_are_drawn(figures, tmp_path):
     expected = {"interpolation", "barriers", "weight_plane", "variance", "reliability", "mixing"}
-    assert set(made) == expected
-    for name, figure in made.items():
+    assert set(figures) == expected
+    for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=40)
         assert (tmp_path / f"{name}.png").stat().st_size > 3000
 
 
-def test_the_legend_tells_the_calibration_error(bench, fused):
-    figure = family_figures(bench, fused, title="")["reliability"]
+def test_the_legend_tells_the_calibration_error(bench, fused, figures):
     said = predict(bench.layout.program, fused["gnn"], bench.judged.split.images("test")[0])
     targets = bench.judged.split.images("test")[1].repeat(3)
     bins = reliability(said.flatten(0, 1), targets)
     error = float((bins.share * (bins.confidence - bins.accuracy).abs()).nansum())
-    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    told = [text.get_text() for text in figures["reliability"].legends[0].get_texts()]
     assert f"gnn (ECE {100 * error:.1f})" in told
 
 
