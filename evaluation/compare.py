@@ -31,7 +31,7 @@ from evaluation.examination import examine
 from evaluation.judged import Judged, open_zoo, third_party_pair, zoo_families
 from evaluation.methods.ledger import Ledger
 from evaluation.metrics import common_task
-from evaluation.plots import leaderboard_figure
+from evaluation.pictures import leaderboard_figure
 from evaluation.report import Scored, differences, print_leaderboard, write_leaderboard
 from evaluation.suite_runs import run_suite
 from evaluation.tracking import track
