@@ -93,7 +93,13 @@ class Run:
         self._do(make, "artifact")
 
     def child(
-        self, name: str, *, options: Mapping = {}, metrics: Mapping = {}, tags: Mapping = {}
+        self,
+        name: str,
+        *,
+        options: Mapping = {},
+        metrics: Mapping = {},
+        tags: Mapping = {},
+        seconds: float = 0,
     ) -> str | None:
         """Write a whole, finished run below this one.
 
@@ -102,6 +108,7 @@ class Run:
             options: Its options.
             metrics: Its numbers. MLflow compares runs by the names that they share.
             tags: Its tags.
+            seconds: How long its work took, which has just ended.
 
         Returns:
             Its id, in the store or in the record; None when not enabled.
@@ -114,7 +121,8 @@ class Run:
                 metrics=points(metrics),
                 tags=texts(tags),
                 inputs=self._inputs,
-                process=process_tags(),
+                seconds=seconds,
+                context={**self._start["context"], **process_tags()},
             )
         )
 

@@ -236,9 +236,9 @@ class Store:
     def _child(self, run: str, happened: Event, again: bool) -> str:
         found, at = self.find(happened["id"]) if again else None, happened["at"]
         if found is None:
-            tags = {"mlflow.parentRunId": run, EVENT: happened["id"], **happened["process"]}
-            name = happened["name"][:250]
-            found = self.client.create_run(self.experiment, at, tags, name)
+            begin, name = at - round(1000 * happened["seconds"]), happened["name"][:250]
+            tags = {**happened["context"], "mlflow.parentRunId": run, EVENT: happened["id"]}
+            found = self.client.create_run(self.experiment, begin, tags, name)
         child, status = found.info.run_id, "FAILED"
         try:
             self._options(child, happened["options"])

@@ -385,26 +385,6 @@ def test_a_store_that_fails_on_the_way_gets_everything_when_it_is_back(store, cl
     assert run.unsent == {"metrics": 2, "end": 1}
 
 
-def test_four_processes_start_at_once_on_a_fresh_database_in_silence(tmp_path, start, runs_of):
-    from mlflow import MlflowClient
-
-    script = """
-from evaluation.tracking import track
-with track("fresh", options={"a": 1}) as run:
-    run.metrics({"loss": 1.0}, step=0)
-    run.child("child", metrics={"loss": 0.5})
-"""
-    processes = [start(script, tmp_path) for _ in range(4)]
-    for process in processes:
-        stdout, stderr = process.communicate(timeout=200)
-        assert (process.returncode, stdout, stderr) == (0, "", "")
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    found = runs_of(client)
-    assert len(found) == 8
-    assert {run.info.status for run in found} == {"FINISHED"}
-    assert not (tmp_path / "mlflow.db.new").exists()
-
-
 def test_a_run_that_is_not_enabled_writes_nothing(tmp_path, start):
     script = """
 import sys
