@@ -33,6 +33,7 @@ def test_children_are_found_below_their_parent_by_shared_metrics(store, client, 
     good = runs_of(client, f"tags.mlflow.parentRunId = '{run.id}' AND metrics.accuracy >= 0.5")
     assert {child.info.run_name for child in good} == {"ties", "gnn"}
     assert {child.data.params["method.name"] for child in good} == {"ties", "gnn"}
+    assert {child.data.params["child"] for child in good} == {"02 ties", "03 gnn"}
     assert {child.info.status for child in good} == {"FINISHED"}
     assert {child.data.tags["control"] for child in good} == {"False"}
 
@@ -211,7 +212,7 @@ def test_names_with_quotes_and_unicode_work_everywhere(migrated, tmp_path, runs_
     key = "it_s _ünïcode__ DROP TABLE runs"
     for found in (client.get_run(run.id), client.get_run(child)):
         assert found.info.run_name == odd
-        assert found.data.params == {key: odd}
+        assert found.data.params[key] == odd
         assert found.data.tags[key] == odd
         assert found.data.metrics[key] == 1.0
     metrics = client.get_run(run.id).data.metrics
