@@ -72,13 +72,13 @@ def finish(
     tracked.text(json.dumps(card, indent=1), "card.json")
     tracked.metrics({"refined_accuracy": refined[steps], "best_step": best.step})
     tracked.metrics({f"gates/{k}/{g.name}": g.value for k, own in gates.items() for g in own})
-    tracked.merger(folder, registered=record.get("registered"))
     failed = [
         f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}"
         for k, f in gates.items()
         for g in f
         if not g.passed
     ]
+    tracked.merger(folder, registered=None if failed else record.get("registered"))
     share = best.scores["share_above_threshold"]
     console.print(
         f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "

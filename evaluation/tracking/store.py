@@ -155,16 +155,22 @@ class Store:
         return None
 
     def reconcile(self) -> None:
-        """Mark runs as KILLED whose process, one of this host, has ended without a word."""
+        """Mark runs as KILLED whose process, one of this host, has ended without a word.
+
+        What this user may not change stays as it is.
+        """
+        from mlflow import MlflowException
+
         here = process_tags().get(HOST)
         if not here:
             return
         everywhere = [one.experiment_id for one in self.client.search_experiments()]
         wanted = f"attributes.status = 'RUNNING' AND tags.`{HOST}` = '{here}'"
         for run in self.client.search_runs(everywhere, wanted):
-            if is_gone(run.data.tags):
-                self.client.set_terminated(run.info.run_id, "KILLED")
-                self.client.set_tag(run.info.run_id, "reconciled", "its process was gone")
+            with suppress(MlflowException):
+                if is_gone(run.data.tags):
+                    self.client.set_terminated(run.info.run_id, "KILLED")
+                    self.client.set_tag(run.info.run_id, "reconciled", "its process was gone")
 
     @contextmanager
     def system_metrics(self, run: str) -> Iterator[None]:
