@@ -13,7 +13,7 @@ from rich.console import Console
 from evaluation import suite_runs
 from evaluation.compare import CompareOptions
 from evaluation.goals import OWN, Goal
-from evaluation.report import Scored
+from evaluation.scored import Scored
 from evaluation.suite_runs import chosen_rows, run_suite, trained
 from evaluation.suites import FASHION_SKEWED, MERGERS, SUITES, TINY, Row, Training
 from metamerge.errors import ConfigError, MetaMergeError
