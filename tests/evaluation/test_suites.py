@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from evaluation import suite_runs
@@ -59,7 +60,7 @@ def trainings(monkeypatch):
     return calls
 
 
-def comparison(options, console):
+def comparison(options, console, state):
     """Scores that depend on the zoo's folder and nothing else."""
     accuracies = torch.tensor([0.8, 0.9])
     rows = [
@@ -85,7 +86,7 @@ def suite(monkeypatch):
 
 def run(**options):
     given = CompareOptions(**{"suite": "small", "tracking": False, **options})
-    return run_suite(given, Console(quiet=True), comparison)
+    return run_suite(given, Console(quiet=True), comparison, PartialState(cpu=True))
 
 
 # ---------------------------------------------------------------------------- the rows that exist
@@ -124,7 +125,10 @@ def test_a_merger_of_a_foreign_task_is_trained_on_none_of_the_judged_tasks():
 
 @pytest.mark.parametrize(
     ("suite", "only", "told"),
-    [("mergers", ("digit",), "rows digits, "), ("merger", (), "one of mergers, quick")],
+    [
+        ("mergers", ("digit",), "rows digits, "),
+        ("merger", (), "one of mergers, quick, .*or one of their rows: digits, fashion-mlp"),
+    ],
 )
 def test_unknown_suites_and_rows_are_refused(suite, only, told):
     with pytest.raises(ConfigError, match=told):
@@ -144,8 +148,10 @@ def test_equal_trainings_are_done_once_and_never_again(work, suite, trainings):
 
 def test_another_option_is_another_training(work, trainings):
     console, options = Console(quiet=True), CompareOptions(tracking=False)
+    state = PartialState(cpu=True)
     folders = {
-        trained(Training((SMALL,), {"steps": steps}), work, console, options) for steps in (3, 4, 3)
+        trained(Training((SMALL,), {"steps": steps}), work, console, options, state)
+        for steps in (3, 4, 3)
     }
     assert len(folders) == len(trainings) == 2
 
