@@ -131,7 +131,7 @@ def compare(
     state = state or PartialState()
     contestants = read_contestants(options.merger or (_usual_merger(options),))
     judged, about = _judged(options, contestants, console, state)
-    reference = _reference(options, judged[0], contestants)
+    reference = _reference(options, judged, contestants)
     out = Path(options.out or "runs/compare")
     told = {**asdict(options), "judged": [one.identity for one in judged]}
     main = state.is_main_process
@@ -206,13 +206,20 @@ def _judged(
     }
 
 
-def _reference(options: CompareOptions, judged: Judged, contestants: Sequence[Contestant]) -> str:
+def _reference(
+    options: CompareOptions, judged: Sequence[Judged], contestants: Sequence[Contestant]
+) -> str:
     """The row that others are held against, known before anything is made."""
     name = options.reference or contestants[0].name
-    rows = _competitors(options, Bench(judged, options.seeds[0]), contestants)
-    known = list(dict.fromkeys(row.method for row in rows))
-    if name != BEST and not any(name in (r.method, f"{r.method}, {r.data}") for r in rows):
-        raise ConfigError(f"reference: no row {name!r}. There are: {BEST}, {', '.join(known)}.")
+    for one in judged:
+        rows = _competitors(options, Bench(one, options.seeds[0]), contestants)
+        known = dict.fromkeys(row.method for row in rows)
+        labels = {f"{row.method}, {row.data}" for row in rows}
+        if name not in {BEST, *known, *labels}:
+            raise ConfigError(
+                f"reference: no row {name!r} at K={one.members}. There are: {BEST}, "
+                f"{', '.join(known)}."
+            )
     return name
 
 

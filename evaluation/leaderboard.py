@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from evaluation.scored import Scored
-from evaluation.significance import Difference, against_reference, find_reference
+from evaluation.significance import BEST, Difference, against_reference, find_reference
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ def ranked(scored: Sequence[Scored], reference: str) -> list[Line]:
 
     Args:
         scored: Everything that was scored.
-        reference: Name of the row that others of its number of members are held against.
+        reference: Name of the row that others of its number of members are held against. Where
+            that row could not be made it is the best merge; each difference says against what.
 
     Returns:
         One line per row.
@@ -39,8 +42,9 @@ def ranked(scored: Sequence[Scored], reference: str) -> list[Line]:
     lines: list[Line] = []
     for size in dict.fromkeys(one.members for one in scored):
         own = [one for one in scored if one.members == size]
-        differences = against_reference(own, find_reference(own, reference))
-        lines += map(Line, own, differences)
+        made = {name for one in own for name in (one.method, one.label)}
+        chosen = find_reference(own, reference if reference in made else BEST)
+        lines += map(Line, own, against_reference(own, chosen))
     return sorted(lines, key=lambda line: -float(line.scored.accuracies.mean()))
 
 
@@ -115,35 +119,25 @@ def print_leaderboard(console: Console, lines: Sequence[Line], meta: Mapping[str
     table.add_column("images", no_wrap=True)
     for size in sizes:
         table.add_column(f"K={size}", justify="right", no_wrap=True)
-    for title in ("worst", "s", "seeds", "beyond reference"):
-        if title != "seeds" or seeds:
-            table.add_column(title, justify="right", no_wrap=True)
+    titles = ["worst"] * (families > 1) + ["s"] + ["seeds"] * (seeds > 0) + [f"beyond {against}"]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
     for row in by_label(lines):
         one = next(iter(row.values())).scored
         style = "italic" if one.control else "bold" if one.method in meta["mergers"] else None
         cells = [_accuracy(row.get(size)) for size in sizes]
-        ends = _ends(row.get(largest), seeded=bool(seeds))
-        table.add_row(one.method, one.data, *cells, *ends, style=style)
+        ends = _ends(row[largest]) if largest in row else {}
+        ends = [ends.get(title.partition(" ")[0], "") for title in titles]
+        table.add_row(Text(one.method), one.data, *cells, *ends, style=style)
     console.print(table)
     for told in meta["failed"]:
-        where = f"K={told['members']}, {told['data']}"
-        console.print(f"[red]{told['method']}[/] ({where}): {told['error']}", highlight=False)
+        where = f"{told['method']} (K={told['members']}, {told['data']})"
+        console.print(f"[red]{escape(where)}[/]: {escape(told['error'])}", highlight=False)
     for note in meta["notes"]:
-        console.print(f"[bold]note[/] {note}", highlight=False)
+        console.print(f"[bold]note[/] {escape(note)}", highlight=False)
     for name, told in meta["mergers"].items():
-        print_merger(console, name, told)
-
-
-def print_merger(console: Console, name: str, told: Mapping[str, Any]) -> None:
-    """Print what is known of one merger beside its accuracy.
-
-    Args:
-        console: Where to print.
-        name: Its name.
-        told: Its entry in ``leaderboard.meta.json``.
-    """
-    for line in about_merger(name, told):
-        console.print(line, highlight=False)
+        for line in about_merger(name, told):
+            console.print(line, highlight=False, markup=False)
 
 
 def about_merger(name: str, told: Mapping[str, Any]) -> list[str]:
@@ -178,14 +172,15 @@ def _accuracy(line: Line | None) -> str:
     return f"{mean:.1f} ± {spread:.1f}" if row["families"] > 1 else f"{mean:.1f}"
 
 
-def _ends(line: Line | None, *, seeded: bool) -> list[str]:
-    """The last columns of the table."""
-    if line is None:
-        return [""] * (4 if seeded else 3)
+def _ends(line: Line) -> dict[str, str]:
+    """The last columns of the table, by the first word of their titles."""
     row = line.scored.row()
-    seeds = [f"{100 * row['accuracy_seed_std']:.1f}" if row["seeds"] > 1 else ""]
-    worst, seconds = f"{100 * row['accuracy_worst']:.1f}", f"{row['seconds']:.2f}"
-    return [worst, seconds, *(seeds if seeded else []), beyond(line.difference)]
+    return {
+        "worst": f"{100 * row['accuracy_worst']:.1f}",
+        "s": f"{row['seconds']:.2f}",
+        "seeds": f"{100 * row['accuracy_seed_std']:.1f}" if row["seeds"] > 1 else "",
+        "beyond": beyond(line.difference),
+    }
 
 
 def beyond(difference: Difference) -> str:
