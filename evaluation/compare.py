@@ -10,7 +10,7 @@ several comparisons in a row and says what was to be reached.
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +27,13 @@ from evaluation.competitors import (
     voting_rows,
 )
 from evaluation.contestants import Contestant, read_contestants
-from evaluation.judged import Judged, open_zoo, third_party_pair, zoo_families
+from evaluation.judged import Judged
 from evaluation.leaderboard import Line, print_leaderboard, ranked, write_leaderboard
 from evaluation.making import Found, make_rows
-from evaluation.metrics import common_task
-from evaluation.own_checkpoints import OwnOptions, own_families
+from evaluation.opening import open_families
 from evaluation.plots import leaderboard_figure
 from evaluation.processes import launched_processes
-from evaluation.protocol import about_images, protocol, task_of, versions
+from evaluation.protocol import protocol, versions
 from evaluation.report import write_report
 from evaluation.scored import Scored
 from evaluation.significance import BEST
@@ -130,7 +129,7 @@ def compare(
     """
     state = state or PartialState()
     contestants = read_contestants(options.merger or (_usual_merger(options),))
-    judged, about = _judged(options, contestants, console, state)
+    judged, about, data = open_families(options, contestants, console, state)
     reference = _reference(options, judged, contestants)
     out = Path(options.out or "runs/compare")
     told = {**asdict(options), "judged": [one.identity for one in judged]}
@@ -139,6 +138,7 @@ def compare(
         f"compare {about['task']['name']}",
         options=told,
         experiment=options.experiment,
+        inputs=data,
         enabled=options.tracking and main,
     ) as tracked:
         found = make_rows(
@@ -168,42 +168,6 @@ def compare(
 
 def _usual_merger(options: CompareOptions) -> str:
     return str(BUNDLED) if options.checkpoints else MERGER
-
-
-def _judged(
-    options: CompareOptions,
-    contestants: Sequence[Contestant],
-    console: Console,
-    state: PartialState,
-) -> tuple[list[Judged], dict[str, Any]]:
-    """Families of every size, and what the meta file says of them."""
-    trained = {c.name: c.card["options"]["seed"] for c in contestants}
-    seeds = {"zoo": None, "merger": trained, "compare": list(options.seeds)}
-    if options.third_party or options.checkpoints:
-        first = options.seeds[0]
-        if options.third_party:
-            judged = third_party_pair(options.third_party, seed=first)
-        else:
-            own = {field.name: getattr(options, field.name) for field in fields(OwnOptions)}
-            judged = own_families(OwnOptions(**own), seed=first)
-        told = {"task": task_of(judged), "zoo": None, "images": about_images(judged)}
-        return [judged], {**told, "seeds": seeds, "notes": [judged.note]}
-    zoo = open_zoo(options.zoo, contestants, console, state)
-    sizes = tuple(dict.fromkeys(options.members)) or zoo.sizes
-    unknown = sorted(set(sizes) - set(zoo.sizes))
-    if unknown:
-        raise ConfigError(
-            f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}."
-        )
-    split = common_task(zoo)
-    found = [zoo_families(zoo, split, size, most=options.families) for size in sizes]
-    return found, {
-        "task": zoo.manifest["task"],
-        "zoo": {"folder": str(zoo.folder), "digest": zoo.digest, "options": zoo.options},
-        "images": about_images(found[0]),
-        "seeds": {**seeds, "zoo": zoo.options["seed"]},
-        "notes": [],
-    }
 
 
 def _reference(

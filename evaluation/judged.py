@@ -135,6 +135,27 @@ def _check_images(zoo: Zoo, contestant: Contestant) -> None:
             )
 
 
+def check_cut(split: TaskSplit, seed: int, contestants: Sequence[Contestant]) -> None:
+    """Refuse test images that were drawn otherwise than those that mergers of the task were spared.
+
+    Args:
+        split: The task, and which of its images are for what.
+        seed: Seed of the cut.
+        contestants: The mergers.
+
+    Raises:
+        ConfigError: If a merger may have been trained on some of the test images.
+    """
+    for contestant in contestants if split.task.test_rows is None else ():
+        for told in contestant.card["zoos"]:
+            if told["task"]["digest"] == split.task.digest and told["options"]["seed"] != seed:
+                raise ConfigError(
+                    f"seeds: {contestant.folder} was trained on images of {split.task.name}, and "
+                    f"those it was spared were drawn with seed {told['options']['seed']}. Name "
+                    "that seed first, so that they are the test images here."
+                )
+
+
 def zoo_families(zoo: Zoo, split: TaskSplit, members: int, *, most: int = 0) -> Judged:
     """Test families of a zoo.
 

@@ -125,7 +125,7 @@ def print_leaderboard(console: Console, lines: Sequence[Line], meta: Mapping[str
     for row in by_label(lines):
         one = next(iter(row.values())).scored
         style = "italic" if one.control else "bold" if one.method in meta["mergers"] else None
-        cells = [_accuracy(row.get(size)) for size in sizes]
+        cells = [accuracy_text(row.get(size)) for size in sizes]
         ends = _ends(row[largest]) if largest in row else {}
         ends = [ends.get(title.partition(" ")[0], "") for title in titles]
         table.add_row(Text(one.method), one.data, *cells, *ends, style=style)
@@ -164,7 +164,8 @@ def about_merger(name: str, told: Mapping[str, Any]) -> list[str]:
     return [*lines, f"gates {name}: {said}"]
 
 
-def _accuracy(line: Line | None) -> str:
+def accuracy_text(line: Line | None) -> str:
+    """Accuracy in per cent, with its spread over families where there are several; or nothing."""
     if line is None:
         return ""
     row = line.scored.row()

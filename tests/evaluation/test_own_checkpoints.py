@@ -182,3 +182,15 @@ def test_a_task_with_other_classes_is_refused(work):
 def test_options_that_exclude_each_other_are_refused(options, told):
     with pytest.raises(ConfigError, match=told):
         CompareOptions(**options)
+
+
+def test_images_that_the_merger_may_have_seen_are_no_test_images(work):
+    """The merger of the package has seen digits, but those that seed 0 keeps back."""
+    for k in range(2):
+        torch.manual_seed(k)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10))
+        torch.save(net.state_dict(), work / f"digits{k}.pt")
+    files = tuple(str(work / f"digits{k}.pt") for k in range(2))
+    options = CompareOptions(checkpoints=files, task="digits", model="mlp", widths=(4,), seeds=(3,))
+    with pytest.raises(ConfigError, match="seeds: .*bundled was trained on images of digits.*0"):
+        compare(options, Console(quiet=True))
