@@ -9,12 +9,13 @@ several comparisons in a row and says what was to be reached.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from evaluation.bench import Bench
@@ -28,14 +29,21 @@ from evaluation.competitors import (
 )
 from evaluation.contestants import Contestant, read_contestants
 from evaluation.judged import Judged
-from evaluation.leaderboard import Line, print_leaderboard, ranked, write_leaderboard
+from evaluation.leaderboard import (
+    Line,
+    print_leaderboard,
+    ranked,
+    write_leaderboard,
+    write_whole,
+)
 from evaluation.making import Found, make_rows
+from evaluation.markdown import report_markdown
 from evaluation.opening import open_families
-from evaluation.plots import leaderboard_figure
 from evaluation.processes import launched_processes
 from evaluation.protocol import protocol, versions
-from evaluation.report import write_report
+from evaluation.report import report_page
 from evaluation.scored import Scored
+from evaluation.showing import caption, figures_of
 from evaluation.significance import BEST
 from evaluation.suite_runs import run_suite
 from evaluation.tracking import track
@@ -44,6 +52,7 @@ from metamerge.mergers.files import BUNDLED
 from zoo.options import changed, command, words
 
 MERGER = "runs/merger"
+PIXELS = 130  # per inch
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class CompareOptions:
     seeds: tuple[int, ...] = (0,)  # seeds; whatever is random is repeated with each
     reference: str = ""  # row that others are held against, or best; the first merger if not given
     limit: int = 1800  # seconds after which a row of --methods is given up
+    pictures: bool = True  # draw a family as well: its loss between members, layers, confidence
     tracking: bool = True  # log every row to MLflow
     experiment: str = "metamerge"  # name of the MLflow experiment
 
@@ -154,11 +164,15 @@ def compare(
         lines = ranked(found.scored, reference)
         meta = {**about, **_told(options, found, contestants, about["task"], reference)}
         if main:
-            files = _write(out, lines, meta)
+            write_leaderboard(out, lines, meta)  # before anything is drawn
+            print_leaderboard(console, lines, meta)
+            drawn = {"seed": options.seeds[0], "title": meta["task"]["name"]}
+            scored = [line.scored for line in lines]
+            figures = figures_of(scored, judged, contestants, family=options.pictures, **drawn)
+            files = _write(out, lines, meta, figures)
             _track(tracked, lines, contestants, files)
-    if main:
-        print_leaderboard(console, lines, meta)
-        console.print(f"[bold]compare[/] {', '.join(map(str, files))}", soft_wrap=True)
+            told = f"{out}: {', '.join(file.name for file in files)}"
+            console.print(f"[bold]compare[/] {told}", soft_wrap=True)
     return Comparison([line.scored for line in lines], meta)
 
 
@@ -238,14 +252,17 @@ def _told(
     }
 
 
-def _write(out: Path, lines: Sequence[Line], meta: dict[str, Any]) -> list[Path]:
-    write_leaderboard(out, lines, meta)
-    labelled = [{**line.scored.row(), "method": line.scored.label} for line in lines]
-    title = f"{meta['task']['name']}: accuracy on test images"
-    figure = leaderboard_figure(labelled, title=title)
-    figure.savefig(out / "leaderboard.png", dpi=150)
-    write_report(out / "report.html", lines, meta, {"leaderboard": figure})
-    names = ("leaderboard.json", "leaderboard.meta.json", "leaderboard.png", "report.html")
+def _write(
+    out: Path, lines: Sequence[Line], meta: dict[str, Any], figures: Mapping[str, Figure]
+) -> list[Path]:
+    """Pages and pictures, beside the leaderboard."""
+    captions = {name: caption(name) for name in figures}
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=PIXELS)
+    write_whole(out / "report.html", report_page(lines, meta, figures, captions))
+    files = {f"{name}.png": text for name, text in captions.items()}
+    write_whole(out / "report.md", report_markdown(lines, meta, files))
+    names = ("leaderboard.json", "leaderboard.meta.json", "report.html", "report.md", *files)
     return [out / name for name in names]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.metrics import accuracy
+from evaluation.metrics import accuracy, mean_of_pairs, output_cosines
 from metamerge.alignment import weight_matching
 from metamerge.structure import OUTPUTS, Layout
 from metamerge.weights import Weights
@@ -282,6 +282,4 @@ def _cosine(logits: Tensor) -> float:
     """Mean cosine between the outputs of different families."""
     if len(logits) < 2:
         return float("nan")
-    flat = torch.nn.functional.normalize((logits - logits.mean(-1, keepdim=True)).flatten(1), dim=1)
-    cosines = flat @ flat.T
-    return float((cosines.sum() - cosines.trace()) / (len(flat) * (len(flat) - 1)))
+    return float(mean_of_pairs(output_cosines(logits)))

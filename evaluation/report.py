@@ -10,38 +10,24 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from evaluation.leaderboard import Line, about_merger, beyond, by_label, write_whole
+from evaluation.leaderboard import Line, about_merger, beyond, by_label
 
 PAGES = Path(__file__).parent / "pages"
-CAPTIONS = {
-    "leaderboard": "Accuracy of every row on test images: mean and standard deviation over "
-    "families, one colour per number of members.",
-}
-
-
-def write_report(
-    path: Path, lines: Sequence[Line], meta: Mapping[str, Any], figures: Mapping[str, Figure]
-) -> None:
-    """Write the page, whole or not at all.
-
-    Args:
-        path: The file.
-        lines: Rows with their differences.
-        meta: What ``leaderboard.meta.json`` holds.
-        figures: Name -> picture, in the order in which they are shown.
-    """
-    write_whole(path, report_page(lines, meta, figures))
 
 
 def report_page(
-    lines: Sequence[Line], meta: Mapping[str, Any], figures: Mapping[str, Figure]
+    lines: Sequence[Line],
+    meta: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    captions: Mapping[str, str],
 ) -> str:
     """The page as text.
 
     Args:
         lines: Rows with their differences.
         meta: What ``leaderboard.meta.json`` holds.
-        figures: Name -> picture.
+        figures: Name -> picture, in the order in which they are shown.
+        captions: Name -> what stands below.
 
     Returns:
         HTML with pictures, style and script inline.
@@ -65,9 +51,7 @@ def report_page(
         differences={size: _differences(lines, size) for size in sizes if len(sizes) > 1},
         summary=_summary(lines, sizes, meta),
         mergers={name: about_merger(name, told) for name, told in meta["mergers"].items()},
-        pictures=[
-            (CAPTIONS.get(name, name), picture_source(figure)) for name, figure in figures.items()
-        ],
+        pictures=[(captions[name], picture_source(figure)) for name, figure in figures.items()],
     )
 
 

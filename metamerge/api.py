@@ -20,7 +20,7 @@ from metamerge.alignment.aligning import (
 from metamerge.calibration import Batches, collect
 from metamerge.checkpoints import Source, save_checkpoint
 from metamerge.corrections.correcting import correct_fused
-from metamerge.corrections.refit import observe
+from metamerge.corrections.variance import variance_ratio
 from metamerge.declaration import Record, bind, check_options
 from metamerge.errors import ConfigError, IncompatibleWeights, StructureError
 from metamerge.network import Data, Given, carried_program, find_network
@@ -287,16 +287,10 @@ def _promoted(tensors: list[Tensor]) -> torch.dtype:
 def _variance_ratio(
     fused: Weights, aligned: list[Weights], layout: Layout, inputs: Tensor
 ) -> dict[str, float]:
-    """Variance of the fused pre-activations over the members' mean, per layer; 1 is healthy."""
-    with torch.no_grad():
-        members = observe({k: t[None] for k, t in stack(widened(aligned)).items()}, layout, inputs)
-        own = observe({k: t[None, None] for k, t in widened([fused])[0].items()}, layout, inputs)
-    return {
-        layer.weight: float(
-            own[layer.node].var(2).mean() / members[layer.node].var(2).mean().clamp_min(1e-12)
-        )
-        for layer in layout.layers
-    }
+    members = {key: tensor[None] for key, tensor in stack(widened(aligned)).items()}
+    own = {key: tensor[None] for key, tensor in widened([fused])[0].items()}
+    found = variance_ratio(own, members, layout, inputs)
+    return {key: float(ratio) for key, ratio in found.items()}
 
 
 def _to(weights: Weights, device: torch.device) -> Weights:

@@ -63,6 +63,7 @@ def finish(
         "stopped_at_target": best.stopped,
         "seconds": round(best.seconds, 1),
         "run": best.run,
+        "history": best.history,
         "gates": {
             k: [{**asdict(g), "passed": g.passed} for g in found] for k, found in gates.items()
         },

@@ -280,7 +280,9 @@ def fit(
             if done % options.eval_every == 0 or done == options.steps:
                 scores = validate(averaged.module, data.validation, options.goal(), accelerator)
                 best.consider(averaged.module, scores, done, options.target)
-                tracked.metrics({"loss": float(loss.detach()), **scores}, step=done)
+                told = {"loss": float(loss.detach()), **scores}
+                best.history.append({"step": done, **told})
+                tracked.metrics(told, step=done)
                 advance(done, scores)
             best.seconds = time.perf_counter() - clock
             due = done % options.save_every == 0 or done == options.steps or best.stopped

@@ -18,6 +18,7 @@ class Outcome:
         self.weights = {k: v.detach().cpu().clone() for k, v in merger.state_dict().items()}
         self.seconds: float = 0.0
         self.run: str | None = None
+        self.history: list[dict[str, float]] = []  # one entry per look at the validation families
 
     def consider(self, merger: Merger, scores: dict[str, float], step: int, target: float) -> None:
         """Keep the merger if it is the best yet; note when the target is reached."""
@@ -56,6 +57,7 @@ def snapshot(
         "stopped": best.stopped,
         "seconds": best.seconds,
         "run": best.run,
+        "history": best.history,
     }
     return tensors, record
 
@@ -83,6 +85,7 @@ def restore(
     best = Outcome(merger, record["best_scores"], record["best_step"], record["stopped"])
     best.weights = part_of(tensors, "best.")
     best.seconds, best.run = record["seconds"], record["run"]
+    best.history = record.get("history", [])  # older states have none
     return record["step"], best
 
 

@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_SHADES = "viridis"
+from zoo.style import COLOURS, GREY, INK, MARKERS, SEQUENTIAL, SMALL, TITLE, new_figure, tidy
 
 
 def weight_space_figure(
@@ -26,7 +23,7 @@ def weight_space_figure(
     Returns:
         The figure: one marker per family.
     """
-    figure = Figure(figsize=(5 * len(spaces) + 1, 4.6), layout="constrained", facecolor="white")
+    figure = new_figure(5 * len(spaces) + 1, 4.6)
     panels = np.atleast_1d(figure.subplots(1, len(spaces)))
     known = scores[scores.isfinite()]
     ends = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
@@ -39,18 +36,15 @@ def weight_space_figure(
             dots = axes.scatter(
                 *own[known].T,
                 c=scores[family].numpy()[known],
-                cmap=_SHADES,
+                cmap=SEQUENTIAL,
                 vmin=ends[0],
                 vmax=ends[1],
                 edgecolors="#333333",
                 **style,
             )
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("first principal component", fontsize=8)
-        axes.set_ylabel("second", fontsize=8)
-        _plain(axes)
+        tidy(axes, title=name, x="first principal component", y="second")
     figure.colorbar(dots, ax=list(panels), label=label, shrink=0.8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=TITLE, color=INK)
     return figure
 
 
@@ -72,11 +66,7 @@ def segments_figure(
     across = min(len(counts), 4)
     down = -(-len(counts) // across)
     width = max(2.2, 0.26 * classes + 0.6)
-    figure = Figure(
-        figsize=(across * width + 1, down * (0.3 * members + 1) + 0.5),
-        layout="constrained",
-        facecolor="white",
-    )
+    figure = new_figure(across * width + 1, down * (0.3 * members + 1) + 0.5)
     panels = np.atleast_1d(figure.subplots(down, across, squeeze=False)).flatten()
     most = max(int(own.max()) for own in counts)
     shown = None
@@ -89,7 +79,7 @@ def segments_figure(
     for axes in panels[len(counts) :]:
         axes.axis("off")
     figure.colorbar(shown, ax=list(panels), label=label, shrink=0.8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=TITLE, color=INK)
     return figure
 
 
@@ -103,27 +93,25 @@ def curves_figure(curves: dict[str, Tensor], *, title: str) -> Figure:
     Returns:
         The figure.
     """
-    figure = Figure(figsize=(5 * len(curves), 3.4), layout="constrained", facecolor="white")
+    figure = new_figure(5 * len(curves), 3.4)
     for axes, (name, losses) in zip(
         np.atleast_1d(figure.subplots(1, len(curves))), curves.items(), strict=True
     ):
         epochs = np.arange(1, losses.shape[1] + 1)
         marker = "." if losses.shape[1] < 3 else None
         axes.plot(
-            epochs, losses.numpy().T, color="#3b7dd8", linewidth=0.5, alpha=0.35, marker=marker
+            epochs, losses.numpy().T, color=COLOURS[0], linewidth=0.5, alpha=0.35, marker=marker
         )
         there = losses.isfinite().any(0).numpy()
         mean = losses.nanmean(0).numpy()
         axes.plot(
-            epochs[there], mean[there], color="#c0392b", linewidth=2, label="mean", marker=marker
+            epochs[there], mean[there], color=COLOURS[1], linewidth=2, label="mean", marker=marker
         )
         if float(losses.nan_to_num(nan=1.0).min()) > 0:
             axes.set_yscale("log")
-        axes.set_xlabel("epoch", fontsize=9)
-        axes.set_title(name, fontsize=9)
-        axes.legend(frameon=False, fontsize=8)
-        _plain(axes)
-    figure.suptitle(title, fontsize=10)
+        axes.legend(frameon=False, fontsize=SMALL)
+        tidy(axes, title=name, x="epoch")
+    figure.suptitle(title, fontsize=TITLE, color=INK)
     return figure
 
 
@@ -140,33 +128,22 @@ def path_figure(path: Tensor, change: dict[str, Tensor], *, member: int, title: 
     Returns:
         The figure.
     """
-    figure = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
+    figure = new_figure(11, 4)
     plane, layers = figure.subplots(1, 2)
     for number, own in enumerate(path.numpy()):
         chosen = number == member
-        colour = "#c0392b" if chosen else "#8a8a8a"
+        colour = COLOURS[1] if chosen else GREY
         label = f"member {member}" if chosen else None
         plane.plot(*own.T, color=colour, linewidth=1.8 if chosen else 0.8, marker=".", label=label)
         plane.scatter(*own[0], marker="x", color=colour, zorder=3)
-    plane.set_title("all members, from their start (x) on", fontsize=9)
-    plane.set_xlabel("first principal component", fontsize=8)
-    plane.set_ylabel("second", fontsize=8)
-    plane.legend(frameon=False, fontsize=8)
+    title_of_plane = "all members, from their start (x) on"
+    tidy(plane, title=title_of_plane, x="first principal component", y="second")
+    plane.legend(frameon=False, fontsize=SMALL)
     time = np.linspace(0, 100, path.shape[1])
-    shades = colormaps["tab10"]
     for number, (key, distance) in enumerate(change.items()):
-        layers.plot(time, distance.numpy(), color=shades(number % 10), label=key)
-    layers.set_title(f"member {member}, tensor by tensor", fontsize=9)
-    layers.set_xlabel("training in %", fontsize=8)
-    layers.set_ylabel("distance from its start / norm of its start", fontsize=8)
+        layers.plot(time, distance.numpy(), color=COLOURS[number % len(COLOURS)], label=key)
+    what = "distance from its start / norm of its start"
+    tidy(layers, title=f"member {member}, tensor by tensor", x="training in %", y=what)
     layers.legend(frameon=False, fontsize=7)
-    for axes in (plane, layers):
-        _plain(axes)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=TITLE, color=INK)
     return figure
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(linewidth=0.4, alpha=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7)

@@ -22,6 +22,7 @@ from metamerge.weights import Weights
 from zoo.options import command
 from zoo.pictures import curves_figure, path_figure, segments_figure, weight_space_figure
 from zoo.store import Zoo, load_zoo
+from zoo.weight_space import principal_components
 
 SCORES = {"validation_accuracy": "validation accuracy", "validation_r2": "validation R2"}
 _FOREIGN = ("test_accuracy", "validation_accuracy", "train_accuracy")
@@ -239,12 +240,8 @@ def _weight_space(zoo: Zoo, some: Weights, scores: Tensor, label: str, title: st
 
 def _plane(points: Tensor) -> Tensor:
     """Coordinates on the first two principal components, ``[f, m, p]`` -> ``[f, m, 2]``."""
-    flat = points.flatten(0, 1)
-    centred = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh((centred @ centred.T).double())  # of members: few
-    found = vectors[:, -2:].flip(1) * values[-2:].flip(0).clamp(min=0).sqrt()
-    found = torch.nn.functional.pad(found, (0, 2 - found.shape[1]))  # a single member
-    return found.float().unflatten(0, points.shape[:2])
+    found = principal_components({"all": points.flatten(0, 1)})
+    return found.places.unflatten(0, points.shape[:2])
 
 
 def _path(snapshots: Weights, final: Weights, member: int, title: str) -> Figure:

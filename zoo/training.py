@@ -1,7 +1,7 @@
 """Train many networks of one architecture at once: stacked weights, one product per layer."""
 
 from collections.abc import Callable, Collection, Sequence
-from math import ceil, prod
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -168,34 +168,33 @@ def _chunk_size(program: Program, weights: Weights, inputs: Tensor, batch_size: 
     if inputs.device.type != "cpu":
         return 4096
     largest = max(tensor[0].numel() for tensor in weights.values())
-    numbers = max(batch_size * _widest(program), largest)
+    numbers = max(batch_size * program.widest, largest)
     return max(1, CACHE // (numbers * inputs.element_size()))
 
 
-def _widest(program: Program) -> int:
-    """Numbers in the widest value that a network computes or reads, per input."""
-    names = [*program.inputs, *(node.name for node in program.nodes)]
-    shapes = [program.shapes[name] for name in names if name in program.shapes]
-    return max(prod(s for s in shape if s) for shape in shapes)
-
-
 @torch.no_grad()
-def predict(program: Program, weights: Weights, inputs: Tensor, *, budget: int = 2**26) -> Tensor:
-    """Outputs of ``n`` networks on common inputs, in chunks of bounded memory.
+def predict(
+    program: Program, weights: Weights, inputs: Tensor, *, budget: int | None = None
+) -> Tensor:
+    """Outputs of ``n`` networks on common inputs, in chunks of networks and of inputs.
 
     Args:
         program: The architecture.
         weights: Stacked state dicts ``[n, ...]``.
         inputs: ``[b, ...]``.
-        budget: Numbers that the widest value of a chunk may hold, roughly.
+        budget: Numbers that the widest value of a chunk may hold, roughly; by default what a
+            core's cache holds, or 2**26 on a GPU.
 
     Returns:
         ``[n, b, c]``.
     """
     n = len(next(iter(weights.values())))
-    size = max(1, budget // (_widest(program) * len(inputs)))
-    chunks = [
-        run(program, {key: t[i : i + size] for key, t in weights.items()}, [inputs], stacked=True)
-        for i in range(0, n, size)
-    ]
+    budget = budget or (CACHE // 4 if inputs.device.type == "cpu" else 2**26)
+    rows = max(1, min(len(inputs), budget // program.widest))
+    size = max(1, budget // (program.widest * rows))
+    chunks = []
+    for start in range(0, n, size):
+        own = {key: tensor[start : start + size] for key, tensor in weights.items()}
+        parts = [run(program, own, [some], stacked=True) for some in inputs.split(rows)]
+        chunks.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
     return torch.cat(chunks)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.plots import COLOURS
+from zoo.style import COLOURS
 
 STARTS = {"own": "inits of their own", "common": "fine-tuned from a common base"}
 IMAGES = ("none", "unlabelled", "labelled", "segments")

@@ -15,8 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from evaluation.methods.ledger import Ledger
-from evaluation.plots import COLOURS
 from evaluation.reproductions.pairs import PairOptions
+from zoo.style import COLOURS
 from zoo.tasks import Task
 
 NAMES = {

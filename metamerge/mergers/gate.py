@@ -53,6 +53,23 @@ class CompetenceGate(nn.Module):
         return told * spread[:, None, None, None]
 
 
+def shares(trust: Tensor, logits: Tensor) -> Tensor:
+    """How much members of known competence are listened to.
+
+    Args:
+        trust: What the gate read, ``[f, m, c, TOLD]``.
+        logits: Members' logits on any inputs, ``[f, m, b, c]``.
+
+    Returns:
+        Shares that sum to 1 over members, ``[f, m, b, c]``.
+    """
+    level, slope, decided = trust[:, :, None, :, :3].unbind(-1)  # [f, m, 1, c]
+    likely = logits.log_softmax(-1)
+    sure = likely.amax(-1, keepdim=True)
+    score = level + slope * likely.clamp_min(-12) + decided * sure.clamp_min(-4)
+    return score.softmax(1)
+
+
 def consensus(trust: Tensor, logits: Tensor) -> Tensor:
     """What members of known competence say together.
 
@@ -63,11 +80,8 @@ def consensus(trust: Tensor, logits: Tensor) -> Tensor:
     Returns:
         Logits ``[f, b, c]``.
     """
-    level, slope, decided, gamma, scale = trust[:, :, None].unbind(-1)  # [f, m, 1, c]
+    gamma, scale = trust[:, :, None, :, 3:].unbind(-1)  # [f, m, 1, c]
     offset = logits.mean(-1, keepdim=True)  # [f, m, b, 1]
-    likely = logits.log_softmax(-1)
-    sure = likely.amax(-1, keepdim=True)
-    score = level + slope * likely.clamp_min(-12) + decided * sure.clamp_min(-4)
-    told = score.softmax(1) * ((logits - offset) * scale.exp() + gamma)
+    told = shares(trust, logits) * ((logits - offset) * scale.exp() + gamma)
     # the offset changes no probability, but keeps copies of one network exact
     return told.sum(1) + offset.mean(1)

@@ -129,6 +129,13 @@ class Program:
         }
 
     @cached_property
+    def widest(self) -> int:
+        """Numbers in the widest value that the network reads or computes, per input."""
+        names = [*self.inputs, *(node.name for node in self.nodes)]
+        shapes = [self.shapes[name] for name in names if name in self.shapes]
+        return max(prod(size for size in shape if size) for shape in shapes)
+
+    @cached_property
     def last_use(self) -> dict[str, str]:
         """Value name -> name of the last node that reads it (an output is never freed)."""
         uses = {ref: node.name for node in self.nodes for ref in node.refs}

@@ -192,5 +192,5 @@ def test_images_that_the_merger_may_have_seen_are_no_test_images(work):
         torch.save(net.state_dict(), work / f"digits{k}.pt")
     files = tuple(str(work / f"digits{k}.pt") for k in range(2))
     options = CompareOptions(checkpoints=files, task="digits", model="mlp", widths=(4,), seeds=(3,))
-    with pytest.raises(ConfigError, match="seeds: .*bundled was trained on images of digits.*0"):
+    with pytest.raises(ConfigError, match=r"seeds: .*bundled was trained on images of digits.*0"):
         compare(options, Console(quiet=True))
