@@ -1,4 +1,4 @@
-"""The tutorial does what it says: its commands run, one after the other, and print what it shows."""
+"""The tutorial does what it says: its commands run, one by one, and print what it shows."""
 
 import os
 import re

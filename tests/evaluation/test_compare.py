@@ -31,9 +31,13 @@ SIZES, FAMILIES, WIDTH = (2, 3), 4, 16
 PARAMETERS = 64 * WIDTH + WIDTH + WIDTH * 10 + 10
 IMAGES = 400  # objective and validation images together
 BUDGETS = {"unlabelled": (100, IMAGES), "labelled": (60, IMAGES)}
+PICTURES = {
+    *("leaderboard", "cost", "accuracy_by_members", "interpolation", "barriers", "weight_plane"),
+    *("variance", "reliability", "mixing"),
+}
 FILES = {
-    *("leaderboard.json", "leaderboard.meta.json", "leaderboard.png", "report.html"),
-    "rows.jsonl",
+    *("leaderboard.json", "leaderboard.meta.json", "report.html", "report.md", "rows.jsonl"),
+    *(f"{name}.png" for name in PICTURES),
 }
 
 CONTROLS = {
@@ -168,7 +172,7 @@ def row_of(result, method, members, data=None):
 def quick(**options):
     """A comparison without images, controls and tracking."""
     plain = {"unlabelled": (0,), "labelled": (0,), "full": False, "controls": False}
-    given = CompareOptions(**{**plain, "tracking": False, **options})
+    given = CompareOptions(**{**plain, "pictures": False, "tracking": False, **options})
     return compare(given, Console(quiet=True))
 
 
@@ -295,9 +299,19 @@ def test_every_row_is_held_against_the_merger_on_the_same_families(result):
         assert (row["p"] is None) == reference
 
 
-def test_nothing_but_the_leaderboard_and_its_rows_is_written(result):
+def test_nothing_but_the_leaderboard_its_rows_pages_and_pictures_is_written(result):
     assert {path.name for path in result.out.iterdir()} == FILES
     assert (result.out / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_both_pages_hold_every_row_and_picture(result):
+    html, markdown = ((result.out / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for row in result.rows:
+        assert f"<td>{row['method']}</td><td>{row['data']}</td>" in html
+        assert f"{row['method']}" in markdown
+    assert html.count('<img src="data:image/svg+xml;base64,') == len(PICTURES)
+    assert all(f"]({name}.png)" in markdown for name in PICTURES)
+    assert result.meta["command"] in markdown
 
 
 def test_the_table_shows_every_method(result):
@@ -360,7 +374,7 @@ def test_the_parent_holds_the_mergers_figures_and_the_files(result, runs):
 
 def test_the_same_comparison_of_one_size_gives_the_same_rows(result, work):
     """Without tracking nothing is tracked; only times differ."""
-    options = replace(result.options, out="again", members=(3,), tracking=False)
+    options = replace(result.options, out="again", members=(3,), tracking=False, pictures=False)
     rows = [one.row() for one in compare(options, Console(quiet=True)).scored]
     assert sorted(path.name for path in work.iterdir()) == ["again"]
 
@@ -374,7 +388,8 @@ def test_finished_rows_are_not_made_again(result, monkeypatch):
     for name in ("timed", "voted", "merge"):
         monkeypatch.setattr(f"evaluation.bench.Bench.{name}", lambda *_, **__: 1 / 0)
     monkeypatch.setattr("evaluation.making.examine", lambda *_: 1 / 0)
-    found = compare(replace(result.options, tracking=False), Console(quiet=True))
+    own = replace(result.options, tracking=False, pictures=False)
+    found = compare(own, Console(quiet=True))
     assert [one.row() for one in found.scored] == result.rows
     assert found.meta["mergers"]["gnn"]["gates"] == result.meta["mergers"]["gnn"]["gates"]
 
@@ -428,6 +443,7 @@ def renamed_result(place, relabelled):
         labelled=(60,),
         full=False,
         tracking=False,
+        pictures=False,
     )
     found = compare(options, Console(quiet=True))
     return {(one.method, one.data): one.accuracies for one in found.scored}, found.meta

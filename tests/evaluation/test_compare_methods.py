@@ -29,7 +29,10 @@ from zoo.build import ZooOptions, build
 from zoo.training import predict
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-QUICK = {"unlabelled": (30,), "labelled": (30,), "full": False, "controls": False}
+QUICK = {
+    **{"unlabelled": (30,), "labelled": (30,), "full": False, "controls": False},
+    "pictures": False,
+}
 KEPT = ("method", "members", "data", "accuracy_mean", "accuracy_std", "difference", "p")
 
 
@@ -260,7 +263,7 @@ def launched(code, *arguments, place):
 ARGUMENTS = (
     *("--methods", "ties", "dare", "regression_mean", "greedy_soup", "--seeds", "0", "1"),
     *("--reference", "average, aligned", "--unlabelled", "30", "--labelled", "30", "--no-full"),
-    *("--no-controls", "--no-tracking"),
+    *("--no-controls", "--no-tracking", "--no-pictures"),
 )
 
 

@@ -25,7 +25,13 @@ from torch import nn
 def make(shape, outputs):
     return nn.Sequential(nn.Linear(*shape, 8), nn.ReLU(), nn.Linear(8, outputs))
 """
-QUICK = {"unlabelled": (20,), "labelled": (20,), "full": False, "tracking": False}
+QUICK = {
+    "unlabelled": (20,),
+    "labelled": (20,),
+    "full": False,
+    "tracking": False,
+    "pictures": False,
+}
 
 
 def network():
