@@ -132,9 +132,10 @@ def planes_of(
     for state, members in states(bench, family).items():
         others = {"average": {key: tensor.mean(1, keepdim=True) for key, tensor in _float(members)}}
         if state == ALIGNED:
-            others |= {name: _one(own, family, axis=True) for name, own in fused.items()}
+            given = {name: _one(own, family, axis=True) for name, own in fused.items()}
+            others |= {n: own for n, own in given.items() if not _same(own, others["average"])}
         plane, share = _plane(bench, members, others, grid, split)
-        found[f"{state}: {share:.0%} of the squared distances"] = plane
+        found[f"{state} (the plane holds {share:.0%} of the spread)"] = plane
     return found
 
 
@@ -261,6 +262,11 @@ def _one(weights: Weights, family: int, *, axis: bool = False) -> Weights:
     """One family, ``[1, ...]``, or with an axis for members, ``[1, 1, ...]``."""
     own = {key: tensor[family : family + 1] for key, tensor in weights.items()}
     return {key: tensor[:, None] for key, tensor in own.items()} if axis else own
+
+
+def _same(weights: Weights, others: Weights) -> bool:
+    """Whether two networks are the same but for rounding."""
+    return all(torch.allclose(weights[key], own, atol=1e-5) for key, own in others.items())
 
 
 def _float(weights: Weights) -> list[tuple[str, Tensor]]:

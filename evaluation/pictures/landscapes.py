@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -49,6 +50,9 @@ def interpolation_figure(
 ) -> Figure:
     """Loss and score from one network to another: thin lines for pairs, thick for their mean.
 
+    Every line starts at the member with the larger loss. The legend tells the means over pairs of
+    the largest rise above the straight line between the ends, or fall below it.
+
     Args:
         lines: What was done to the networks (``as trained``, ``aligned``) -> their lines.
         title: Headline.
@@ -57,24 +61,35 @@ def interpolation_figure(
     Returns:
         The figure.
     """
-    figure = new_figure(8.4, 3.5)
-    panels = figure.subplots(1, 2)
+    figure = new_figure(8.4, 3.6)
+    panels, (factor, unit) = figure.subplots(1, 2), (100, " points") if "%" in score else (1, "")
     for place, (name, own) in enumerate(lines.items()):
-        colour = COLOURS[place % len(COLOURS)]
-        for axes, values in zip(panels, own, strict=True):
-            numbers = values.double().numpy() * (100 if values is own.score and "%" in score else 1)
-            time = np.linspace(0, 1, numbers.shape[1])
-            axes.plot(time, numbers.T, color=colour, linewidth=0.6, alpha=0.25)
-            axes.plot(time, numbers.mean(0), color=colour, linewidth=2.2, label=name)
-        ends = own.loss[:, :1], own.loss[:, -1:]
-        chord = ends[0] + (ends[1] - ends[0]) * _steps(own.loss)
-        highest = (own.loss - chord).amax(1).mean()
-        panels[0].plot([], [], " ", label=f"   barrier {float(highest):.2f}")
-    tidy(panels[0], x="from one member to the other", y="loss")
-    tidy(panels[1], x="from one member to the other", y=score)
-    panels[0].legend(fontsize=SMALL, frameon=False)
+        worse_first = own.loss[:, :1] >= own.loss[:, -1:]
+        loss, reached = (torch.where(worse_first, x, x.flip(1)) for x in own)
+        shown = {
+            f"{name}: barrier {float(_above(loss).mean()):.2f}": loss,
+            f"{name}: {factor * float(_above(-reached).mean()):.2g}{unit} lost": factor * reached,
+        }
+        for axes, (label, values) in zip(panels, shown.items(), strict=True):
+            _pairs(axes, values, COLOURS[place % len(COLOURS)], label)
+    for axes, y in zip(panels, ("loss", score), strict=True):
+        tidy(axes, x="share of the better member, the rest is the worse one", y=y)
+        axes.legend(fontsize=SMALL, frameon=False)
     figure.suptitle(title, fontsize=TITLE, color=INK)
     return figure
+
+
+def _pairs(axes: Axes, values: Tensor, colour: str, label: str) -> None:
+    time = np.linspace(0, 1, values.shape[1])
+    axes.plot(time, values.numpy().T, color=colour, linewidth=0.6, alpha=0.3)
+    axes.plot(time, values.mean(0).numpy(), color=colour, linewidth=2.2, label=label)
+
+
+def _above(values: Tensor) -> Tensor:
+    """How far each line rises above the straight one between its ends, ``[pairs]``."""
+    time = torch.linspace(0, 1, values.shape[1]).to(values)
+    chord = values[:, :1] + (values[:, -1:] - values[:, :1]) * time
+    return (values - chord).amax(1)
 
 
 def barrier_figure(barriers: Mapping[str, Tensor], *, title: str) -> Figure:
@@ -179,7 +194,3 @@ def _dots(axes: Axes, kind: str, place: int, points: Tensor, losses: Tensor, nor
         *points.numpy().T, c=fill, marker=marker, s=size, edgecolors=INK, linewidths=0.9, zorder=5
     )
     axes.scatter([], [], c="white", marker=marker, s=size * 0.7, edgecolors=INK, label=kind)
-
-
-def _steps(loss: Tensor) -> Tensor:
-    return loss.new_tensor(np.linspace(0, 1, loss.shape[1]))

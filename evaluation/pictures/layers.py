@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from zoo.style import COLOURS, DIVERGING, GREY, INK, LABEL, MARKERS, SMALL, TITLE, new_figure, tidy
@@ -51,11 +51,10 @@ def mixing_figure(
         if own.shape[1] <= _WIDE:
             axes.set_xticks(range(own.shape[1]))
         _means(beside, own, norm)
-    bar = figure.colorbar(
-        shown, ax=list(panels), shrink=0.9, format=FuncFormatter(lambda v, _: f"{v:.0%}")
-    )
+    bar = figure.colorbar(shown, ax=list(panels), shrink=0.9)
     bar.set_label("share of the member", fontsize=LABEL, color=INK)
     bar.ax.set_yscale("linear")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     bar.ax.tick_params(labelsize=SMALL)
     figure.suptitle(title, fontsize=TITLE, color=INK)
     return figure
@@ -91,7 +90,11 @@ def variance_figure(ratios: Mapping[str, Mapping[str, Tensor]], *, title: str) -
         axes.vlines(shift, values.min(1), values.max(1), color=colour, linewidth=1, alpha=0.6)
     axes.axhline(1, color=GREY, linewidth=1, linestyle="--", zorder=0)
     axes.set_yscale("log")
+    ends = axes.get_ylim()
+    narrow = ends[1] < 20 * ends[0]
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(at, layers, rotation=0 if len(layers) < 7 else 60, fontsize=SMALL)
     axes.set_xlim(-0.4, len(layers) - 0.6)
     tidy(axes, x="layer, from input to output", y="variance / variance of members")

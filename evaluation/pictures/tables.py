@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter
 
-from zoo.style import COLOURS, FAINT, GREY, INK, MARKERS, SMALL, TITLE, new_figure, tidy
+from zoo.style import COLOURS, GREY, INK, MARKERS, SMALL, TITLE, new_figure, tidy
 
 Row = Mapping[str, Any]
 
@@ -20,9 +21,13 @@ KINDS = {
     "segments": "all segments",
 }
 LEARNED = ("gnn", "autoencoder")
+ENSEMBLE = "soft-vote ensemble"
 NAMED = (
-    *("soft-vote ensemble", "best member", "average", "average, aligned"),
-    *("trained on all segments (ceiling)",),
+    ENSEMBLE,
+    "best member",
+    "average",
+    "average, aligned",
+    "trained on all segments (ceiling)",
 )
 _Z = 1.96  # half width of a 95 % interval, in standard errors
 
@@ -33,7 +38,8 @@ def leaderboard_figure(
     """Accuracy of every method, best on top, one panel per number of members.
 
     A thick bar is the 95 % interval of the mean, a thin one the standard deviation over families.
-    Colours say what images a method needs; hollow dots are controls.
+    Colours say what images a method needs; hollow dots are controls. A dotted line stands at the
+    ensemble, which merges want to reach.
 
     Args:
         rows: Rows of ``leaderboard.json``; one method may come several times, with other images.
@@ -55,24 +61,23 @@ def leaderboard_figure(
         own = [row for row in rows if row["members"] == size]
         for row in own:
             _bars(axes, row, methods.index(row["method"]))
-        top = max(own, key=lambda row: row["accuracy_mean"] - row["control"])
-        axes.axvline(100 * top["accuracy_mean"], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
-        tidy(axes, title=f"K = {size} members", grid="both")
-        axes.grid(axis="y", linewidth=0.3, color=FAINT)
+            if row["method"] == ENSEMBLE:
+                axes.axvline(100 * row["accuracy_mean"], color=GREY, lw=0.8, ls=":", zorder=0)
+        tidy(axes, title=f"K = {size} members", x="test accuracy in %")
     controls = {row["method"] for row in rows if row["control"]}
     panels[0].set_yticks(range(len(methods)), methods, fontsize=SMALL)
     panels[0].set_ylim(-0.7, len(methods) - 0.3)
     for label, method in zip(panels[0].get_yticklabels(), methods, strict=True):
         label.set_fontweight("bold" if method.partition(", ")[0] in learned else "normal")
         label.set_fontstyle("italic" if method in controls else "normal")
-    figure.supxlabel(
-        "test accuracy in %: mean, its 95 % interval (thick), standard deviation over families "
-        "(thin)",
-        fontsize=SMALL,
-        color=INK,
-    )
+    bars = {
+        "95 % interval of the mean": Line2D([], [], color=GREY, lw=2.6, alpha=0.8),
+        "standard deviation over families": Line2D([], [], color=GREY, lw=0.8),
+    }
+    if ENSEMBLE in best:
+        bars[ENSEMBLE] = Line2D([], [], color=GREY, lw=0.8, ls=":")
+    _legend(figure, rows, bars)
     figure.suptitle(title, fontsize=TITLE, color=INK)
-    _legend(figure, rows)
     return figure
 
 
@@ -163,11 +168,12 @@ def cost_figure(
     )
     named = [r for r in own if r in front or r["method"].partition(", ")[0] in learned]
     tidy(axes, x="seconds per merge, log scale", y="test accuracy in %, mean over families")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
     axes.margins(x=0.12, y=0.1)
-    _name(axes, named)
-    _legend(figure, own)
+    _legend(figure, own, {"no other is faster and better": Line2D([], [], color=GREY, ls=":")})
     figure.suptitle(f"{title}, K = {size}", fontsize=TITLE, color=INK)
+    _name(axes, own, named)
     return figure
 
 
@@ -217,42 +223,77 @@ def _front(rows: Sequence[Row]) -> list[Row]:
     return front
 
 
-def _name(axes: Axes, rows: Sequence[Row]) -> None:
-    """Write names beside dots, moved up where they would lie upon another."""
-    low, high = axes.get_ylim()
-    step, taken = 0.042 * (high - low), []
-    left, right = np.log10(axes.get_xlim())
-    for row in sorted(rows, key=lambda row: row["accuracy_mean"]):
-        at, height = _seconds(row), 100 * row["accuracy_mean"]
-        across = (np.log10(at) - left) / (right - left)
-        y = height
-        while any(abs(y - other) < step and abs(across - there) < 0.34 for there, other in taken):
-            y += step / 4
-        taken.append((across, y))
-        side = "right" if across > 0.62 else "left"
+def _name(axes: Axes, rows: Sequence[Row], named: Sequence[Row]) -> None:
+    """Write names beside dots, each where it lies upon fewest other dots and names."""
+    figure = axes.figure
+    figure.draw_without_rendering()  # now the axes have their size
+    size = axes.get_window_extent().size / figure.dpi * 72  # points
+    scale = axes.transData + axes.transAxes.inverted()
+    places = {id(r): scale.transform((_seconds(r), 100 * r["accuracy_mean"])) * size for r in rows}
+    dots, boxes = np.array(list(places.values())), []
+    for row in sorted(named, key=lambda row: -row["accuracy_mean"]):
+        at, wide = places[id(row)], 0.56 * SMALL * len(row["method"])
+        best = min(_sides(wide), key=lambda side: _cost(at + side, wide, dots, boxes, size))
+        boxes.append((at + best, wide))
         axes.annotate(
             row["method"],
-            (at, height),
-            xytext=(-7 if side == "right" else 7, (y - height) / (high - low) * 240),
+            (_seconds(row), 100 * row["accuracy_mean"]),
+            xytext=best,
             textcoords="offset points",
-            ha=side,
             va="center",
             fontsize=SMALL,
             color=INK,
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": GREY} if y != height else None,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkA": 0, "shrinkB": 3},
         )
 
 
-def _legend(figure: Figure, rows: Sequence[Row]) -> None:
-    shown = [kind for kind in KINDS if any(_kind(row) == kind for row in rows)]
-    dots = [
-        Line2D([], [], color=COLOURS[list(KINDS).index(kind)], marker="o", lw=0, ms=5)
-        for kind in shown
+def _sides(wide: float) -> list[np.ndarray]:
+    """Where a name may begin, relative to its dot, in points; the nearest first."""
+    return [
+        np.array([x, y])
+        for far in (0, 10, 20, 32, 46, 62)
+        for y in (0, far, -far)
+        for x in (7 + far / 2, -wide - 7 - far / 2, -wide / 2)
+        if x != -wide / 2 or far > 0
     ]
-    names = [KINDS[kind] for kind in shown]
+
+
+def _cost(
+    start: np.ndarray,
+    wide: float,
+    dots: np.ndarray,
+    boxes: Sequence[tuple[np.ndarray, float]],
+    size: np.ndarray,
+) -> float:
+    """Dots and names below a name, and whether it leaves the axes."""
+    tall = 0.75 * SMALL
+    low, high = start + np.array([-3, -tall]), start + np.array([wide + 3, tall])
+    under = ((dots > low - 2) & (dots < high + 2)).all(1).sum()
+    upon = sum(
+        bool((low < other + np.array([width, tall])).all() and (high > other - [0, tall]).all())
+        for other, width in boxes
+    )
+    outside = bool((low < 0).any() or (high > size).any())
+    return 3.0 * under + 5.0 * upon + 50.0 * outside
+
+
+def _legend(figure: Figure, rows: Sequence[Row], others: Mapping[str, Line2D]) -> None:
+    """What colours, hollow dots and other marks mean, below everything."""
+    handles = {
+        told: Line2D([], [], color=COLOURS[place], marker="o", lw=0, ms=5)
+        for place, (kind, told) in enumerate(KINDS.items())
+        if any(_kind(row) == kind for row in rows)
+    }
     if any(row["control"] for row in rows):
-        dots.append(Line2D([], [], color=GREY, marker="o", markerfacecolor="white", lw=0, ms=5))
-        names.append("control")
+        hollow = {"color": GREY, "marker": "o", "markerfacecolor": "white", "lw": 0, "ms": 5}
+        handles["control"] = Line2D([], [], **hollow)
+    handles |= others
     figure.legend(
-        dots, names, loc="outside upper right", fontsize=SMALL, frameon=False, ncols=len(names)
+        handles.values(),
+        handles,
+        loc="outside lower center",
+        fontsize=SMALL,
+        frameon=False,
+        ncols=min(4, len(handles)),
     )
