@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from evaluation.scored import Scored
@@ -125,7 +125,7 @@ def bootstrap_interval(gaps: Tensor) -> tuple[Tensor, Tensor]:
     means = gaps @ counts.T / families  # [r, resamples]
     # percentiles of few families lie too near: the bootstrap's spread lacks (f - 1) / f, and t has
     # heavier tails than the normal distribution
-    wide = float(student.ppf(1 - LEVEL / 2, families - 1)) * (families / (families - 1)) ** 0.5
+    wide = float(stdtrit(families - 1, 1 - LEVEL / 2)) * (families / (families - 1)) ** 0.5
     tail = NormalDist().cdf(-wide)
     return means.quantile(tail, dim=1), means.quantile(1 - tail, dim=1)
 
@@ -142,7 +142,7 @@ def paired_t_p(gaps: Tensor) -> Tensor:
     means, families = gaps.mean(1), gaps.shape[1]
     errors = gaps.std(1, correction=1) / families**0.5
     statistic = (means.abs() / errors).where(means.abs() > 1e-12, 0.0)
-    return torch.from_numpy(2 * student.sf(statistic.numpy(), families - 1))
+    return torch.from_numpy(2 * stdtr(families - 1, -statistic.numpy()))
 
 
 def holm(p: Tensor) -> Tensor:
