@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from evaluation.leaderboard import ranked
+from evaluation.markdown import report_markdown
 from evaluation.report import picture_source, report_page
 from evaluation.scored import Scored
 
@@ -158,3 +159,19 @@ def test_one_family_has_neither_spread_nor_interval():
 
 def test_the_same_figure_is_the_same_source():
     assert picture_source(figure()) == picture_source(figure())
+
+
+def test_the_page_of_markdown_holds_every_row_in_one_table():
+    lines = report_markdown(ranked(ROWS, "gnn"), meta(), {"cost.png": "Cost"}).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.count(" | ") for line in table if "---" not in line} == {5}
+    assert "| **gnn** | none | 81.5 ± 1.3 | 81.5 ± 1.3 | 0.20 |  |" in table
+    assert "| *soft-vote ensemble* | none |" in "\n".join(table)
+    assert "![Cost](cost.png)" in lines
+    assert meta()["command"] in lines
+
+
+def test_hostile_names_do_not_break_a_table_of_markdown():
+    rows = [*ROWS, scored("a | b *c* <d> `e`", 4, 0.3)]
+    text = report_markdown(ranked(rows, "gnn"), meta(), {})
+    assert r"| a \| b \*c\* \<d> \`e\` | none |" in text

@@ -135,6 +135,12 @@ def test_unknown_suites_and_rows_are_refused(suite, only, told):
         chosen_rows(suite, only)
 
 
+def test_a_row_is_a_suite_by_its_own_name():
+    for row in MERGERS:
+        assert chosen_rows(row.name, ()) == [row]
+    assert [row.name for row in chosen_rows("fixtures", ())] == ["third-party"]
+
+
 # ---------------------------------------------------------------------------- running them
 
 
