@@ -12,9 +12,15 @@ from evaluation.merging import NOTHING, Given, Merging
 from evaluation.methods.entries import DATA, Entry, entries
 from evaluation.methods.settings import Draw, Setting
 from evaluation.metrics import accuracy
+from evaluation.scored import Scored
 from metamerge.mergers import read_kind
 from metamerge.weights import Weights
 from zoo.training import predict
+
+FIGURES = (
+    *("members", "accuracy_mean", "accuracy_std", "accuracy_worst"),
+    *("families", "seconds", "parameters"),
+)
 
 Make = Callable[[Draw], Weights]
 """Families of a draw -> one network for each, ``[f, ...]``."""
@@ -125,15 +131,7 @@ def row_of(setting: Setting, scores: Tensor, seconds: float, networks: int) -> d
     Returns:
         Name -> figure.
     """
-    spread = float(scores.std(correction=1)) if len(scores) > 1 else 0.0
     one = setting.starts["own"][0].families
-    parameters = sum(t[0, 0].numel() for t in one.values() if t.is_floating_point())
-    return {
-        "members": setting.members,
-        "accuracy_mean": round(float(scores.mean()), 6),
-        "accuracy_std": round(spread, 6),
-        "accuracy_worst": round(float(scores.min()), 6),
-        "families": len(scores),
-        "seconds": round(seconds, 4),
-        "parameters": networks * parameters,
-    }
+    parameters = networks * sum(t[0, 0].numel() for t in one.values() if t.is_floating_point())
+    row = Scored("", setting.members, "", scores, seconds, parameters, control=False).row()
+    return {name: row[name] for name in FIGURES}
