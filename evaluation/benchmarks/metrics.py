@@ -66,7 +66,7 @@ class Side:
         self, layout: Layout, families: Weights, images: tuple[Tensor, Tensor], mixed: Tensor
     ) -> None:
         self.layout, self.program = layout, layout.program
-        self.families, self.mixed = families, mixed
+        self.families, self.mixed = families, mixed.float()
         self.inputs, self.targets = images
         self.flat = {key: tensor.flatten(0, 1) for key, tensor in families.items()}
         self.count, self.members = next(iter(families.values())).shape[:2]

@@ -7,16 +7,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
 from evaluation.leaderboard import write_whole
-from zoo.style import COLOURS
+from evaluation.pictures import leaderboard_figure
 
 STARTS = {"own": "inits of their own", "common": "fine-tuned from a common base"}
-IMAGES = ("none", "unlabelled", "labelled", "segments")
 COLUMNS = (
     *("setting", "start", "method", "members", "data", "accuracy_mean", "accuracy_std"),
     *("accuracy_worst", "families", "seconds", "parameters", "control", "error"),
@@ -109,7 +106,8 @@ def write_tables(out: Path, name: str, rows: Sequence[Row], titles: Mapping[str,
     write_whole(out / f"{name}.md", markdown(rows, titles))
     for setting, start in dict.fromkeys((row["setting"], row["start"]) for row in rows):
         own = [r for r in rows if (r["setting"], r["start"]) == (setting, start)]
-        figure = methods_figure(own, title=f"{titles[setting]}\n{STARTS[start]}")
+        title = f"{titles[setting]}\n{STARTS[start]}"
+        figure = leaderboard_figure([r for r in own if "accuracy_mean" in r], title=title)
         figure.savefig(out / f"{name}-{setting}-{start}.png", dpi=130)
 
 
@@ -140,49 +138,3 @@ def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
     parts += ["Test accuracy in %, mean ± standard deviation over families; *controls* in italics."]
     parts += [f"- {name}: {title}" for name, title in titles.items()]
     return "\n".join(parts) + "\n"
-
-
-def methods_figure(rows: Sequence[Row], *, title: str) -> Figure:
-    """A line per method, a dot per kind of data; hollow dots are controls.
-
-    Args:
-        rows: Rows of one setting and start.
-        title: Headline.
-
-    Returns:
-        The figure.
-    """
-    rows = [row for row in rows if "accuracy_mean" in row]
-    best: dict[str, float] = {}
-    for row in rows:
-        best[row["method"]] = max(best.get(row["method"], 0.0), row["accuracy_mean"])
-    methods = sorted(best, key=best.__getitem__)
-    height = 0.21 * len(methods) + 1.6
-    figure = Figure(figsize=(8.5, height), layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    for row in rows:
-        colour = COLOURS[IMAGES.index(row["data"])]
-        axes.errorbar(
-            100 * row["accuracy_mean"],
-            methods.index(row["method"]),
-            xerr=100 * row["accuracy_std"],
-            fmt="o",
-            markersize=4,
-            linewidth=0.9,
-            color=colour,
-            markerfacecolor="white" if row["control"] else colour,
-        )
-    axes.set_yticks(range(len(methods)), methods, fontsize=7)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_ylim(-0.7, len(methods) - 0.3)
-    axes.set_xlabel("test accuracy in %, mean and standard deviation over families", fontsize=9)
-    axes.grid(axis="x", linewidth=0.4, alpha=0.6)
-    axes.grid(axis="y", linewidth=0.2, alpha=0.4)
-    axes.spines[["top", "right"]].set_visible(False)
-    shown = [data for data in IMAGES if any(row["data"] == data for row in rows)]
-    dots = [Line2D([], [], color=COLOURS[IMAGES.index(d)], marker="o", lw=0, ms=4) for d in shown]
-    dots.append(Line2D([], [], color="grey", marker="o", markerfacecolor="white", lw=0, ms=4))
-    names = [{"none": "no images", "segments": "all segments"}.get(d, f"{d} images") for d in shown]
-    axes.legend(dots, [*names, "control"], loc="lower right", fontsize=7, frameon=False)
-    figure.suptitle(title, fontsize=10)
-    return figure

@@ -62,11 +62,12 @@ def lines(members: int, points: int = 11) -> tuple[list[tuple[int, int]], Tensor
         points: Mixtures on each line, at least 2.
 
     Returns:
-        The pairs ``(i, j)``, i < j, and coefficients ``[pairs, points, m]``: the first of a line is
-        member i, the last member j.
+        The pairs ``(i, j)``, i < j, and coefficients ``[pairs, points, m]`` in float64: the first
+        of a line is member i, the last member j.
     """
-    pairs, time = list(combinations(range(members), 2)), torch.linspace(0, 1, points)
-    coefficients = torch.zeros(len(pairs), points, members)
+    pairs = list(combinations(range(members), 2))
+    time = torch.linspace(0, 1, points, dtype=torch.float64)
+    coefficients = torch.zeros(len(pairs), points, members, dtype=torch.float64)
     for own, (first, second) in zip(coefficients, pairs, strict=True):
         own[:, first], own[:, second] = 1 - time, time
     return pairs, coefficients
@@ -81,10 +82,11 @@ def simplex(members: int, draws: int = 32, *, generator: torch.Generator) -> Ten
         generator: Source of randomness.
 
     Returns:
-        Coefficients ``[1 + draws, m]``, the average first.
+        Coefficients ``[1 + draws, m]`` in float64, the average first.
     """
-    drawn = -torch.rand(draws, members, generator=generator).clamp_min(1e-12).log()
-    mean = torch.full((1, members), 1 / members)
+    drawn = torch.rand(draws, members, generator=generator, dtype=torch.float64)
+    drawn = -(1 - drawn).log()  # of (0, 1]
+    mean = torch.full((1, members), 1 / members, dtype=torch.float64)
     return torch.cat([mean, drawn / drawn.sum(1, keepdim=True)])
 
 
@@ -134,7 +136,8 @@ def landscape(
         What the mixtures and the members score.
     """
     count = coefficients.shape[-1]
-    wanted = torch.cat([torch.eye(count), coefficients.flatten(0, -2)])  # [m + p, m]
+    corners = torch.eye(count).to(coefficients)
+    wanted = torch.cat([corners, coefficients.flatten(0, -2)])  # [m + p, m]
     families = len(next(iter(members.values())))
     size = at_once(program, {key: t[0, 0] for key, t in members.items()}, len(inputs))
     across = max(1, min(families, size // len(wanted)))  # families at a time
@@ -154,10 +157,8 @@ def landscape(
             )
         ]
     loss, score = torch.cat(parts, dim=1)  # [2, f, m + p]
-    return Landscape(
-        coefficients.flatten(0, -2), loss[:, count:], score[:, count:], loss[:, :count],
-        score[:, :count],
-    )  # fmt: skip
+    mixed = coefficients.flatten(0, -2).to(loss)
+    return Landscape(mixed, loss[:, count:], score[:, count:], loss[:, :count], score[:, :count])
 
 
 def _scored(

@@ -56,7 +56,7 @@ def leaderboard_figure(
         best[row["method"]] = max(best.get(row["method"], -2.0), reached)
     methods = sorted(best, key=best.__getitem__)
     figure = new_figure(3.4 + 2.6 * max(1.4, len(sizes)), 0.19 * len(methods) + 1.5)
-    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
     for axes, size in zip(panels, sizes, strict=True):
         own = [row for row in rows if row["members"] == size]
         for row in own:
@@ -84,11 +84,13 @@ def leaderboard_figure(
 def accuracy_figure(rows: Sequence[Row], *, title: str, methods: Sequence[str] = ()) -> Figure:
     """Accuracy against the number of members, a line per method with the interval of its mean.
 
+    Of a method with several budgets of images the one is drawn that does best with most members.
+
     Args:
         rows: Rows of ``leaderboard.json``.
         title: Headline.
         methods: Which, in the order of the legend; by default the usual references and the best
-            of the others, eight in all.
+            of the others, seven in all.
 
     Returns:
         The figure.
@@ -98,7 +100,7 @@ def accuracy_figure(rows: Sequence[Row], *, title: str, methods: Sequence[str] =
     axes = figure.subplots()
     sizes = sorted({row["members"] for row in rows})
     for place, name in enumerate(chosen):
-        own = sorted((r for r in rows if r["method"] == name), key=lambda r: r["members"])
+        own = _one_budget([row for row in rows if row["method"] == name])
         at = [sizes.index(row["members"]) for row in own]
         mean = np.array([100 * row["accuracy_mean"] for row in own])
         half = np.array([100 * _interval(row) for row in own])
@@ -203,7 +205,7 @@ def _seconds(row: Row) -> float:
     return max(row["seconds"], 1e-4)  # a choice among members takes no time to speak of
 
 
-def _chosen(rows: Sequence[Row], most: int = 8) -> list[str]:
+def _chosen(rows: Sequence[Row], most: int = len(COLOURS)) -> list[str]:
     size = max(row["members"] for row in rows)
     order = sorted((r for r in rows if r["members"] == size), key=lambda r: -r["accuracy_mean"])
     best = list(dict.fromkeys(row["method"] for row in order))
@@ -212,6 +214,13 @@ def _chosen(rows: Sequence[Row], most: int = 8) -> list[str]:
         if len(kept) < most:
             kept.add(name)
     return [name for name in best if name in kept]
+
+
+def _one_budget(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one method with the same images, by number of members."""
+    best = max(rows, key=lambda row: (row["members"], row["accuracy_mean"]))
+    own = [row for row in rows if row["data"] == best["data"]]
+    return sorted(own, key=lambda row: row["members"])
 
 
 def _front(rows: Sequence[Row]) -> list[Row]:

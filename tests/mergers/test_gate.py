@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metamerge.mergers import consensus
-from metamerge.mergers.gate import TOLD, CompetenceGate
+from metamerge.mergers.gate import TOLD, CompetenceGate, shares
 
 WIDTH = 12
 LEVEL, SLOPE, DECIDED, GAMMA, SCALE = range(TOLD)
@@ -203,3 +203,13 @@ def test_extreme_logits_give_finite_gradients(size):
     consensus(trust, logits).square().mean().backward()
     for tensor in (logits, trust):
         assert tensor.grad.isfinite().all()
+
+
+def test_shares_sum_to_1_and_follow_the_level():
+    logits = torch.randn(2, 3, 7, 5, generator=seeded(3), dtype=torch.float64)
+    trust = torch.zeros(2, 3, 5, TOLD, dtype=torch.float64)
+    assert torch.allclose(shares(trust, logits), torch.full_like(logits, 1 / 3))
+    trust[0, 1, 2, LEVEL] = log(4.0)  # four times the say of each of two others: 4/6
+    found = shares(trust, logits)
+    assert torch.allclose(found.sum(1), torch.ones(2, 7, 5, dtype=torch.float64))
+    assert torch.allclose(found[0, 1, :, 2], torch.full((7,), 2 / 3, dtype=torch.float64))

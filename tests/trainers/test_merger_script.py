@@ -184,6 +184,10 @@ def test_the_card_says_where_a_merger_comes_from(trained, zoo):
     assert told["task"]["name"] == "digits"
     assert 0 < card["step"] <= STEPS
     assert card["seconds"] > 0
+    assert [entry["step"] for entry in card["history"]][-1] == STEPS
+    assert all(entry.keys() >= {"loss", *card["validation"]} for entry in card["history"])
+    best = next(e for e in card["history"] if e["step"] == card["step"])
+    assert best.items() >= card["validation"].items()
     sizes = {f"validation_accuracy_k{members}" for members in (2, 3)}
     assert card["validation"].keys() > sizes
     assert json.loads(json.dumps(card)) == card
