@@ -171,8 +171,8 @@ def compare(
             figures = figures_of(scored, judged, contestants, family=options.pictures, **drawn)
             files = _write(out, lines, meta, figures)
             _track(tracked, lines, contestants, files)
-            told = f"{out}: {', '.join(file.name for file in files)}"
-            console.print(f"[bold]compare[/] {told}", soft_wrap=True)
+            left = f"{out}: {', '.join(file.name for file in files)}"
+            console.print(f"[bold]compare[/] {left}", soft_wrap=True)
     return Comparison([line.scored for line in lines], meta)
 
 
