@@ -164,7 +164,7 @@ def compare(
         lines = ranked(found.scored, reference)
         meta = {**about, **_told(options, found, contestants, about["task"], reference)}
         if main:
-            write_leaderboard(out, lines, meta)  # before anything is drawn
+            write_leaderboard(out, [line.record() for line in lines], meta)  # before it is drawn
             print_leaderboard(console, lines, meta)
             drawn = {"seed": options.seeds[0], "title": meta["task"]["name"]}
             scored = [line.scored for line in lines]

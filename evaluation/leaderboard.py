@@ -48,16 +48,17 @@ def ranked(scored: Sequence[Scored], reference: str) -> list[Line]:
     return sorted(lines, key=lambda line: -float(line.scored.accuracies.mean()))
 
 
-def write_leaderboard(out: Path, lines: Sequence[Line], meta: Mapping[str, Any]) -> None:
+def write_leaderboard(
+    out: Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]
+) -> None:
     """Write ``leaderboard.json`` and ``leaderboard.meta.json``, each whole or not at all.
 
     Args:
         out: Folder, made if missing.
-        lines: Rows of the leaderboard.
+        rows: Rows of the leaderboard, such as those of ``Line.record``.
         meta: Task, split, seeds, merger, gates.
     """
-    records = [line.record() for line in lines]
-    for name, content in (("leaderboard.json", records), ("leaderboard.meta.json", meta)):
+    for name, content in (("leaderboard.json", rows), ("leaderboard.meta.json", meta)):
         write_whole(out / name, json.dumps(content, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ from evaluation.compare import CompareOptions, compare
 from evaluation.own_checkpoints import OwnOptions, own_families
 from metamerge import merge
 from metamerge.checkpoints import save_checkpoint
-from metamerge.errors import ConfigError, StructureError
+from metamerge.errors import CheckpointError, ConfigError, StructureError
 from metamerge.structure import trace
 from metamerge.weights import stack
 from zoo.training import init_networks, predict, train_networks
@@ -167,6 +167,17 @@ def test_a_base_comes_with_methods_that_want_one(work):
 def test_what_makes_no_comparison_is_refused_with_a_reason(work, names, options, told):
     with pytest.raises((ConfigError, StructureError), match=told):
         read(work, *names, **options)
+
+
+def test_checkpoints_that_cannot_be_read_are_named(work):
+    (work / "empty.pt").write_bytes(b"")
+    weights = torch.load(work / "part0.pt", weights_only=True)
+    torch.save({**weights, "0.bias": weights["0.bias"] * float("nan")}, work / "broken.pt")
+    for name, told in (("empty.pt", "empty.pt"), ("broken.pt", "broken.pt.*0.bias")):
+        with pytest.raises(CheckpointError, match=told):
+            read(work, "part0.pt", name)
+    with pytest.raises(CheckpointError, match="missing.pt"):
+        read(work, "part0.pt", "missing.pt")
 
 
 def test_a_task_with_other_classes_is_refused(work):
