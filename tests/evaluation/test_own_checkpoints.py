@@ -176,7 +176,7 @@ def test_checkpoints_that_cannot_be_read_are_named(work):
     for name, told in (("empty.pt", "empty.pt"), ("broken.pt", "broken.pt.*0.bias")):
         with pytest.raises(CheckpointError, match=told):
             read(work, "part0.pt", name)
-    with pytest.raises(CheckpointError, match="missing.pt"):
+    with pytest.raises(CheckpointError, match=r"missing\.pt"):
         read(work, "part0.pt", "missing.pt")
 
 
