@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ class Store:
             case "options":
                 self._options(run, happened["values"])
             case "tags":
-                self._tags(run, happened["values"])
+                self._log(run, tags=happened["values"])
             case "metrics":
                 self._metrics(run, happened)
             case "inputs":
@@ -151,7 +151,7 @@ class Store:
                 return self._model(run, happened)
             case "end":
                 self.client.set_terminated(run, happened["status"], happened["at"])
-                self._tags(run, happened["tags"])
+                self._log(run, tags=happened["tags"])
         return None
 
     def reconcile(self) -> None:
@@ -189,33 +189,35 @@ class Store:
 
     def _options(self, run: str, values: Mapping[str, str]) -> None:
         """An option that the run knows with another value becomes a tag."""
-        from mlflow.entities import Param
-
         known = self.client.get_run(run).data.params
         fitting = {key: self._fit(run, key, text, 6000) for key, text in values.items()}
-        changed = {k: text for k, text in fitting.items() if known.get(k, text) != text}
-        new = [Param(key, text) for key, text in fitting.items() if key not in known]
-        for at in range(0, len(new), 100):
-            self.client.log_batch(run, params=new[at : at + 100])
-        self._tags(run, {f"changed.{key}": text for key, text in changed.items()})
-
-    def _tags(self, run: str, values: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        tags = [RunTag(key, self._fit(run, key, text, 8000)) for key, text in values.items()]
-        for at in range(0, len(tags), 100):
-            self.client.log_batch(run, tags=tags[at : at + 100])
+        changed = {f"changed.{k}": t for k, t in fitting.items() if known.get(k, t) != t}
+        self._log(run, {k: t for k, t in fitting.items() if k not in known}, changed)
 
     def _metrics(self, run: str, happened: Event) -> None:
         """Points that a resumed curve has already are left out."""
-        from mlflow.entities import Metric
-
         points = happened["values"]
-        if happened.get("resumed"):
+        if happened["resumed"]:
             points = [p for p in points if p[2] is None or p[2] > self._end_of_curve(run, p[0])]
-        metrics = [Metric(key, value, happened["at"], step or 0) for key, value, step in points]
-        for at in range(0, len(metrics), 100):
-            self.client.log_batch(run, metrics=metrics[at : at + 100])
+        self._log(run, points=points, at=happened["at"])
+
+    def _log(
+        self,
+        run: str,
+        options: Mapping[str, str] = {},
+        tags: Mapping[str, str] = {},
+        points: Sequence = (),
+        at: int = 0,
+    ) -> None:
+        """As few requests as it takes; a request holds 100 of each kind."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        metrics = [Metric(key, value, at, step or 0) for key, value, step in points]
+        params = [Param(key, self._fit(run, key, text, 6000)) for key, text in options.items()]
+        labels = [RunTag(key, self._fit(run, key, text, 8000)) for key, text in tags.items()]
+        for first in range(0, max(map(len, (metrics, params, labels))), 100):
+            batch = (kind[first : first + 100] for kind in (metrics, params, labels))
+            self.client.log_batch(run, *batch, synchronous=True)
 
     def _end_of_curve(self, run: str, key: str) -> float:
         if (run, key) not in self._last_step:
@@ -236,14 +238,12 @@ class Store:
     def _child(self, run: str, happened: Event, again: bool) -> str:
         found, at = self.find(happened["id"]) if again else None, happened["at"]
         if found is None:
-            tags = {"mlflow.parentRunId": run, EVENT: happened["id"], **happened["process"]}
-            name = happened["name"][:250]
-            found = self.client.create_run(self.experiment, at, tags, name)
+            begin, name = at - round(1000 * happened["seconds"]), happened["name"][:250]
+            tags = {**happened["context"], "mlflow.parentRunId": run, EVENT: happened["id"]}
+            found = self.client.create_run(self.experiment, begin, tags, name)
         child, status = found.info.run_id, "FAILED"
         try:
-            self._options(child, happened["options"])
-            self._metrics(child, {"at": at, "values": happened["metrics"]})
-            self._tags(child, happened["tags"])
+            self._log(child, *(happened[k] for k in ("options", "tags", "metrics")), at)
             if happened["inputs"]:
                 datasets = [_dataset_input(one) for one in happened["inputs"]]
                 self.client.log_inputs(child, datasets)
@@ -257,7 +257,8 @@ class Store:
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model
 
-        owner = self.find(happened["of"]).info.run_id if happened["of"] else run
+        child = self.find(happened["of"]) if happened["of"] else None
+        owner = child.info.run_id if child else run
         model = new_model(self.client, self.experiment, owner, happened)
         folder = Path(happened["path"])
         description = Model.load(folder / "MLmodel")

@@ -11,7 +11,7 @@ from metamerge.checkpoints.shards import INDEX_SUFFIX, read_sharded
 from metamerge.errors import Unreadable
 
 SINGLE_NAME = "model.safetensors"
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".dat")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".bin", ".ckpt", ".dat")
 
 
 def read_folder(folder: Path, max_bytes: int) -> Checkpoint:

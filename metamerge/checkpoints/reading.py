@@ -32,8 +32,8 @@ def read_checkpoints(
     """Read the checkpoints that a source stands for; all but a zoo family stand for one.
 
     Args:
-        source: A safetensors file, a file of torch.save (told by content, not by name), a folder
-            with a single file or with an index of shards, a zoo address
+        source: A safetensors file, one of torch.save or torch.export.save (told by content, not by
+            name), a folder with a single file or with an index of shards, a zoo address
             ``<folder>#<group>/<family>[/<member>]``, an address of MLflow such as
             ``runs:/<run>/<model>`` or ``models:/<name>@<alias>``, a module, a state dict, or a
             checkpoint.
@@ -100,6 +100,9 @@ def _refuse_uri(text: str) -> None:
 
 def _from_mlflow(address: str, max_bytes: int) -> Checkpoint:
     with downloaded(address) as path:
+        data = path / "data"  # where MLflow puts the network of a model
+        if (path / "MLmodel").is_file() and data.is_dir():
+            path = data
         read = read_folder if path.is_dir() else read_file
         try:
             return replace(read(path, max_bytes), name=display(address))

@@ -6,17 +6,18 @@ block of memory is there in full. Only then torch.load(weights_only=True) makes 
 
 import io
 import warnings
-import zipfile
 from typing import BinaryIO
 
 import torch
 
+from metamerge.checkpoints.archives import EXPORT, Records, list_records, read_record
+from metamerge.checkpoints.exported_files import LIST, read_exported
 from metamerge.checkpoints.opening import file_size
 from metamerge.checkpoints.plain import plain_weights
 from metamerge.checkpoints.safetensors_files import read_exactly
 from metamerge.checkpoints.torch_outline import Outline, TensorOutline
-from metamerge.checkpoints.torch_pickle import EXPORT, MAX_OUTLINE_BYTES, read_outline
-from metamerge.errors import IncompatibleWeights, TooLarge, Truncated, Unreadable, Unsafe
+from metamerge.checkpoints.torch_pickle import MAX_OUTLINE_BYTES, read_outline
+from metamerge.errors import IncompatibleWeights, TooLarge, Truncated, Unreadable
 from metamerge.weights import Weights
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -45,8 +46,13 @@ def read_torch_file(file: BinaryIO, name: str, max_bytes: int) -> Weights:
         IncompatibleWeights: If a tensor is sparse, quantised, complex or without values.
     """
     file.seek(0)
-    is_zip = file.read(4) == ZIP_MAGIC
-    outline = _zip_outline(file, name, max_bytes) if is_zip else _legacy_outline(file, name)
+    if file.read(4) == ZIP_MAGIC:
+        records = list_records(file, name, max_bytes)
+        if any(path.endswith(f"/{LIST}") for path in records):
+            return read_exported(file, records, name)
+        outline = _zip_outline(file, records, name)
+    else:
+        outline = _legacy_outline(file, name)
     total = sum(storage.nbytes for storage in outline.storages.values())
     if total > max_bytes:
         raise TooLarge(f"{name}: holds {total} bytes of tensors, the limit is {max_bytes}.")
@@ -61,24 +67,15 @@ def read_torch_file(file: BinaryIO, name: str, max_bytes: int) -> Weights:
     return plain_weights(name, loaded if wrapper is None else loaded[wrapper])
 
 
-def _zip_outline(file: BinaryIO, name: str, max_bytes: int) -> Outline:
-    """Check the archive, read its description, and hold its storages against its records."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-    except OSError:
-        raise
-    except Exception:  # zipfile lets struct, Unicode and arithmetic errors of bad archives through
-        raise Unreadable(f"{name}: is a damaged zip archive. Copy or export it again.") from None
-    by_name = {record.filename: record for record in records}
-    if any(path.endswith("/constants.pkl") for path in by_name):
-        raise Unsafe(f"{name}: is a TorchScript program. {EXPORT}")
-    _check_records(records, file_size(file), name, max_bytes)
+def _zip_outline(file: BinaryIO, by_name: Records, name: str) -> Outline:
+    """Read the description of an archive, and hold its storages against its records."""
     descriptions = [n for n in by_name if n.count("/") == 1 and n.endswith("/data.pkl")]
     if len(descriptions) != 1:
         raise Unreadable(f"{name}: is a zip archive, but not one of torch.save. {EXPORT}")
     folder = descriptions[0].removesuffix("data.pkl")
-    outline = read_outline(io.BytesIO(_record(file, by_name[descriptions[0]], name)), name)
+    outline = read_outline(
+        io.BytesIO(read_record(file, by_name[descriptions[0]], name, MAX_OUTLINE_BYTES)), name
+    )
     for storage in outline.storages.values():
         record = by_name.get(f"{folder}data/{storage.key}")
         if record is None or record.file_size != storage.nbytes:
@@ -88,33 +85,6 @@ def _zip_outline(file: BinaryIO, name: str, max_bytes: int) -> Outline:
                 f"got {got}. Save it again."
             )
     return outline
-
-
-def _check_records(records: list, size: int, name: str, max_bytes: int) -> None:
-    """Refuse archives that unpack to more than they are; torch stores its records as they are."""
-    total = sum(record.file_size for record in records)
-    if total > max_bytes:
-        raise TooLarge(f"{name}: unpacks to {total} bytes, the limit is {max_bytes}.")
-    packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
-    if packed or total > size:
-        raise TooLarge(
-            f"{name}: is {size} bytes and unpacks to {total}; torch.save does not compress "
-            f"(compressed: {packed[:3]}). {EXPORT}"
-        )
-    names = {record.filename for record in records}
-    if len(names) < len(records) or any(record.flag_bits & 1 for record in records):
-        raise Unreadable(f"{name}: has repeated or encrypted records in its archive. {EXPORT}")
-
-
-def _record(file: BinaryIO, record: zipfile.ZipInfo, name: str) -> bytes:
-    """Read one stored record; its checksum is left alone, since torch can write without one."""
-    if record.file_size > MAX_OUTLINE_BYTES:
-        raise TooLarge(f"{name}: its description has {record.file_size} bytes. {EXPORT}")
-    if record.header_offset < 0:
-        raise Unreadable(f"{name}: has a damaged list of records. Copy or export it again.")
-    lengths = read_exactly(file, record.header_offset + 26, 4, name)
-    names = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-    return read_exactly(file, record.header_offset + 30 + names, record.file_size, name)
 
 
 def _legacy_outline(file: BinaryIO, name: str) -> Outline:

@@ -12,6 +12,7 @@ from typing import BinaryIO, ClassVar
 
 import torch
 
+from metamerge.checkpoints.archives import EXPORT
 from metamerge.checkpoints.torch_outline import (
     Outline,
     StorageOutline,
@@ -23,7 +24,6 @@ from metamerge.checkpoints.torch_outline import (
 from metamerge.errors import MetaMergeError, TooLarge, Truncated, Unreadable, Unsafe
 
 MAX_OUTLINE_BYTES = 64 * 2**20
-EXPORT = "Export the tensors alone: torch.save(model.state_dict(), path), or as safetensors."
 
 _OPCODES = """
     PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID NONE NEWTRUE NEWFALSE EMPTY_DICT EMPTY_LIST

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -66,3 +67,15 @@ def runs_of():
         return client.search_runs([own], filter_string, order_by=["attributes.start_time"])
 
     return runs_of
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """Finds ports of loopback that nobody listens on."""
+
+    def free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return free_port

@@ -35,7 +35,7 @@ def work(folder: Path, **settings) -> str:
         for step in range(3):
             run.metrics({"loss": 3.0 - step}, step=step)
         run.text("hello", "notes/a.txt")
-        run.child("ties", options={"density": 0.2}, metrics={"accuracy": 0.5})
+        run.child("ties", options={"density": 0.2}, metrics={"accuracy": 0.5}, seconds=2)
     return run.id
 
 
@@ -88,7 +88,7 @@ def test_an_upload_gives_the_store_everything_with_its_times(record, open_store,
         "below": False,
     }
     assert (ties["name"], ties["accuracy"], ties["below"]) == ("ties", 0.5, True)
-    assert ties["times"] == (at["child"], at["child"])
+    assert ties["times"] == (at["child"] - 2000, at["child"])
     assert ties["inputs"] == ["abc123"]
     assert client.get_run(run).data.tags["kind"] == "demo"
 

@@ -1,13 +1,10 @@
-"""A real server of MLflow, and PostgreSQL: models that load back, and what a kill costs."""
+"""A real server of MLflow: models that load back, and what it costs when the server is killed."""
 
 import os
-import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from contextlib import suppress
@@ -23,20 +20,12 @@ from metamerge import merge
 from metamerge.mergers import save_merger
 from metamerge.weights import unstack
 
-POSTGRESQL = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
 
 class Server:
     """``mlflow server`` on loopback over a SQLite file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
@@ -66,43 +55,13 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(migrated, tmp_path_factory):
+def server(migrated, tmp_path_factory, free_port):
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(migrated, folder / "server.db")
-    server = Server(folder)
+    server = Server(folder, free_port())
     server.start()
     yield server
     server.kill()
-
-
-@pytest.fixture(scope="session")
-def postgresql():
-    """Address of an empty database; the server runs as the user postgres, who has to own it."""
-    if not POSTGRESQL:
-        message = "Debian's package postgresql is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    pytest.importorskip("psycopg")
-    folder, port = Path(tempfile.mkdtemp(prefix="postgresql-")), free_port()
-    root = os.geteuid() == 0
-    if root:
-        shutil.chown(folder, "postgres", "postgres")
-    owner = pwd.getpwnam("postgres") if root else None
-    identity = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []} if root else {}
-
-    def run(program: str, *arguments: str) -> None:
-        command = [str(POSTGRESQL[-1] / program), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, **identity)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    data = str(folder / "data")
-    run("initdb", "-D", data, "-U", "metamerge", "--auth", "trust", "--no-sync")
-    settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    run("pg_ctl", "-D", data, "-w", "-o", settings, "-l", str(folder / "log"), "start")
-    yield f"postgresql://metamerge@127.0.0.1:{port}/postgres"
-    run("pg_ctl", "-D", data, "-m", "immediate", "stop")
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -258,33 +217,3 @@ with track("train", options={{"lr": 0.1}}, uri={server.uri!r}, record="out.offli
     assert sorted(m.step for m in curve) == list(range(20))
     assert [m.timestamp for m in curve] == sorted(m.timestamp for m in curve)
     assert ended.outputs.model_outputs
-
-
-FORKS = """
-import multiprocessing, sys
-import mlflow.db
-from evaluation.tracking import track
-def work(barrier):
-    barrier.wait()
-    with track("fresh", options={"a": 1}) as run:
-        run.metrics({"loss": 1.0}, step=0)
-        run.child("child", metrics={"loss": 0.5})
-    sys.exit(run.unsent.total())
-context = multiprocessing.get_context("fork")
-barrier = context.Barrier(4)
-processes = [context.Process(target=work, args=(barrier,)) for _ in range(4)]
-[process.start() for process in processes]
-[process.join() for process in processes]
-sys.exit(sum(process.exitcode for process in processes))
-"""
-
-
-def test_four_processes_start_at_once_on_a_fresh_postgresql(postgresql, tmp_path, start, runs_of):
-    from mlflow import MlflowClient
-
-    process = start(FORKS, tmp_path, MLFLOW_TRACKING_URI=postgresql)
-    stdout, stderr = process.communicate(timeout=250)
-    assert (process.returncode, stdout, stderr) == (0, "", "")
-    found = runs_of(MlflowClient(postgresql))
-    assert sorted(run.info.run_name for run in found) == ["child"] * 4 + ["fresh"] * 4
-    assert {run.info.status for run in found} == {"FINISHED"}
