@@ -8,21 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from evaluation.budgets import Budget, Images
+from evaluation.budgets import Budget
 from evaluation.by_heart import best_network, mean_network
 from evaluation.controls import best_members
 from evaluation.judged import Judged
+from evaluation.merging import NOTHING, Given, Merging
+from evaluation.methods.entries import Entry
 from evaluation.metrics import accuracy, family_logits
-from evaluation.report import Scored
-from metamerge.alignment.aligning import align_members
-from metamerge.api import merge
-from metamerge.checkpoints import Checkpoint
-from metamerge.registry import get_method
-from metamerge.weights import Weights, stack, unstack
+from evaluation.scored import Scored
+from metamerge.weights import Weights
 from zoo.training import predict
 from zoo.variants import renamed
-
-USUAL = "weight_matching"  # the alignment that rows share
 
 
 class Bench:
@@ -41,6 +37,8 @@ class Bench:
         self.members, self.count = judged.members, len(judged)
         self.budget = judged.budget
         self.families = self.in_task(judged.families)
+        told = {"bases": judged.bases, "seed": seed, "name": judged.name}
+        self.merging = Merging(judged.layout, judged.families, **told)
         self._best: dict[int, tuple[Budget, Weights]] = {}
 
     def in_task(self, weights: Weights) -> Weights:
@@ -50,94 +48,55 @@ class Bench:
 
     # ------------------------------------------------------------------------------- merging
 
-    @cached_property
-    def sources(self) -> list[list[Checkpoint]]:
-        """Members of every family, as they were trained."""
-        return [self._checkpoints(f, unstack(w)) for f, w in enumerate(unstack(self.raw))]
+    def given(self, budget: Budget, *, labelled: bool) -> Given:
+        """The images of a budget as merges get them, with the classes that families call them.
 
-    @cached_property
-    def aligned(self) -> tuple[list[list[Checkpoint]], float]:
-        """Aligned members of every family, and the seconds that it took, per family."""
-        clock = time.perf_counter()
-        found = [
-            self._checkpoints(f, align_members(unstack(w), self.layout, USUAL)[0])
-            for f, w in enumerate(unstack(self.raw))
-        ]
-        return found, (time.perf_counter() - clock) / self.count
+        Args:
+            budget: The images.
+            labelled: Whether labels are among it.
 
-    @property
-    def raw(self) -> Weights:
-        """Members as they were trained, ``[f, m, ...]``."""
-        return self.judged.families
+        Returns:
+            Inputs, or inputs and labels.
+        """
+        inputs, targets = budget.everything
+        if not labelled:
+            return Given(inputs)
+        classes = self.judged.classes
+        return Given(inputs, targets if classes is None else classes[:, targets])
 
-    def _checkpoints(self, family: int, members: list[Weights]) -> list[Checkpoint]:
-        program = self.layout.program.to_json()
-        name = f"{self.judged.name}/{family}"
-        return [Checkpoint(f"{name}/{m}", weights, program) for m, weights in enumerate(members)]
-
-    def merge(
-        self,
-        method: str,
-        *,
-        align: str | None = "default",
-        budget: Budget | None = None,
-        labelled: bool = False,
-        **arguments: Any,
-    ) -> Weights:
+    def merge(self, entry: Entry, given: Given = NOTHING, merger: Any = None) -> Weights:
         """Merge every family through the public interface.
 
         Args:
-            method: One of ``list_methods()``.
-            align: An alignment, None, or ``default`` for what the method wants.
-            budget: Images that it may use; None for nothing but weights.
-            labelled: Whether it may use their labels.
-            **arguments: Further arguments of ``merge``.
+            entry: How.
+            given: Images that it may use.
+            merger: A trained merger, for learned methods.
 
         Returns:
             Fused networks ``[f, ...]`` with the task's numbers of classes.
         """
-        wanted = get_method(method).align if align == "default" else align
-        usual = wanted == USUAL
-        fused = [
-            merge(
-                own,
-                method=method,
-                align=None if usual else wanted,
-                batches=None if budget is None else self._batches(budget, labelled, family),
-                seed=self.seed,
-                device="cpu",
-                **arguments,
-            ).weights
-            for family, own in enumerate(self.aligned[0] if usual else self.sources)
-        ]
-        return self.in_task(stack(fused))
-
-    def _batches(self, budget: Budget, labelled: bool, family: int) -> Tensor | Images:
-        inputs, targets = budget.everything
-        if not labelled:
-            return inputs
-        classes = self.judged.classes
-        return inputs, targets if classes is None else classes[family][targets]
+        return self.in_task(self.merging.merged(entry, given, merger=merger))
 
     # ------------------------------------------------------------------------------- scoring
 
-    def merged(self, name: str, data: str, method: str, **arguments: Any) -> Scored:
+    def merged(
+        self, name: str, data: str, entry: Entry, given: Given = NOTHING, merger: Any = None
+    ) -> Scored:
         """Merge and score; seconds count the alignment in full, whichever row it was made for.
 
         Args:
             name: Of the row.
-            data: What it is given at merge time.
-            method: One of ``list_methods()``.
-            **arguments: Of ``merge`` above.
+            data: What it is given at merge time, as tables say it.
+            entry: How.
+            given: Images that it may use.
+            merger: A trained merger, for learned methods.
 
         Returns:
             The row.
         """
-        wanted = arguments.get("align", "default")
-        wanted = get_method(method).align if wanted == "default" else wanted
-        before = self.aligned[1] if wanted == USUAL else 0.0
-        row = self.timed(name, data, lambda: self.merge(method, **arguments), control=False)
-        return replace(row, seconds=row.seconds + before)
+        aligning = self.merging.seconds_aligning(entry, given)
+        row = self.timed(name, data, lambda: self.merge(entry, given, merger), control=False)
+        return replace(row, seconds=row.seconds + aligning)
 
     def timed(self, name: str, data: str, make: Callable[[], Weights], *, control: bool) -> Scored:
         """Make networks with the task's numbers of classes and score them on test images.

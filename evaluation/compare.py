@@ -2,21 +2,22 @@
 
 Test families and test images appear here and nowhere else. Every way of getting one network from a
 family's members is scored beside its controls, at several budgets of images; the table goes to the
-terminal, to ``leaderboard.json`` and, row by row, to MLflow. Rows are kept as they are finished, so
-the same command goes on where it was stopped. ``--suite`` runs several comparisons in a row and
-says what was to be reached.
+terminal, to ``leaderboard.json``, to ``report.html`` and, row by row, to MLflow. Rows are kept as
+they are finished, so the same command goes on where it was stopped; ``accelerate launch -m`` shares
+them out over processes. ``--checkpoints`` compares on networks of your own, ``--suite`` runs
+several comparisons in a row and says what was to be reached.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evaluation import by_heart, controls, examination, gates
 from evaluation.bench import Bench
 from evaluation.competitors import (
     Competitor,
@@ -26,27 +27,52 @@ from evaluation.competitors import (
     plain_rows,
     voting_rows,
 )
-from evaluation.contestants import Contestant, code_of, read_contestants
-from evaluation.examination import examine
-from evaluation.judged import Judged, open_zoo, third_party_pair, zoo_families
-from evaluation.methods.ledger import Ledger
-from evaluation.metrics import common_task
-from evaluation.pictures import leaderboard_figure
-from evaluation.report import Scored, differences, print_leaderboard, write_leaderboard
+from evaluation.contestants import Contestant, read_contestants
+from evaluation.judged import Judged
+from evaluation.leaderboard import (
+    Line,
+    print_leaderboard,
+    ranked,
+    write_leaderboard,
+    write_whole,
+)
+from evaluation.making import Found, make_rows
+from evaluation.markdown import report_markdown
+from evaluation.opening import open_families
+from evaluation.processes import launched_processes
+from evaluation.protocol import protocol, versions
+from evaluation.report import report_page
+from evaluation.scored import Scored
+from evaluation.showing import caption, figures_of
+from evaluation.significance import BEST
 from evaluation.suite_runs import run_suite
 from evaluation.tracking import track
 from metamerge.errors import ConfigError
-from zoo.options import command
+from metamerge.mergers.files import BUNDLED
+from zoo.options import changed, command, words
+
+MERGER = "runs/merger"
+PIXELS = 130  # per inch
 
 
 @dataclass(frozen=True)
 class CompareOptions:
     """Compare trained mergers with averages, ensembles, distillation and plain training."""
 
-    merger: tuple[str, ...] = ("runs/merger",)  # folders of trained mergers
+    merger: tuple[str, ...] = ()  # folders of trained mergers; runs/merger, or the package's own
+    methods: tuple[str, ...] = ()  # merge methods, such as ties or none+average+refit, or all
     zoo: str | None = None  # folder of the zoo to judge on; the merger's own if not given
+    checkpoints: tuple[str, ...] = ()  # judge on files, or on folders that hold a family each
+    base: str | None = None  # what the checkpoints were fine-tuned from
+    model: str | None = None  # of the checkpoints: package.module:factory, mlp, cnn, convnet, ...
+    widths: tuple[int, ...] | None = None  # units or channels per hidden layer of the model
+    task: str | None = None  # of the checkpoints: a data set by name, or a .csv, .parquet or .npz
+    data: str | None = None  # folder with the task's files, where it needs some
+    target: str | None = None  # column to predict, of your own file
+    drop: tuple[str, ...] = ()  # columns of your own file to leave out
+    objective: int = 0  # images of the task for merges and controls; 0: half of what is not test
     third_party: tuple[str, ...] = ()  # judge on pygmtools' example_model_fusion_1.dat and _2.dat
-    suite: str | None = None  # run a suite of comparisons: mergers or quick
+    suite: str | None = None  # run a suite of comparisons, or one row of it, by name
     only: tuple[str, ...] = ()  # rows of the suite to run; all if not given
     out: str | None = None  # folder of tables and pictures; runs/compare, or runs/suite-<name>
     members: tuple[int, ...] = ()  # numbers of members to compare at; all of the zoo if not given
@@ -54,13 +80,16 @@ class CompareOptions:
     unlabelled: tuple[int, ...] = (500,)  # unlabelled images at merge time; 0: none
     labelled: tuple[int, ...] = (200,)  # labelled images at merge time, stratified; 0: none
     full: bool = True  # compare with all objective images at merge time as well
-    controls: bool = True  # train and score the controls as well
-    seed: int = 0  # seed of everything random in the methods
+    controls: bool = True  # train controls as well; those without training are always there
+    seeds: tuple[int, ...] = (0,)  # seeds; whatever is random is repeated with each
+    reference: str = ""  # row that others are held against, or best; the first merger if not given
+    limit: int = 1800  # seconds after which a row of --methods is given up
+    pictures: bool = True  # draw a family as well: its loss between members, layers, confidence
     tracking: bool = True  # log every row to MLflow
     experiment: str = "metamerge"  # name of the MLflow experiment
 
     def __post_init__(self) -> None:
-        """Refuse budgets that cannot be cut into two parts.
+        """Refuse budgets that cannot be cut into two parts, and options that exclude each other.
 
         Raises:
             ConfigError: Naming the option.
@@ -70,6 +99,14 @@ class CompareOptions:
                 raise ConfigError(
                     f"{name}: expected 0 or at least 2 images, got {getattr(self, name)}."
                 )
+        if not self.seeds:
+            raise ConfigError("seeds: expected at least one.")
+        places = {name: getattr(self, name) for name in ("zoo", "checkpoints", "third_party")}
+        several = [name for name, value in places.items() if value]
+        if len(several) > 1:
+            raise ConfigError(f"{', '.join(several)}: say one place to judge on, not several.")
+        if bool(self.checkpoints) != (self.task is not None):
+            raise ConfigError("checkpoints, task: one needs the other, whose images judge it.")
 
 
 class Comparison(NamedTuple):
@@ -84,12 +121,15 @@ class Comparison(NamedTuple):
     meta: dict[str, Any]
 
 
-def compare(options: CompareOptions, console: Console) -> Comparison:
+def compare(
+    options: CompareOptions, console: Console, state: PartialState | None = None
+) -> Comparison:
     """Score everything, print the table, write the files, log the rows.
 
     Args:
         options: What to compare.
         console: Where to print.
+        state: The processes that share the rows, all of which call this.
 
     Returns:
         All rows and what is known of them.
@@ -97,209 +137,164 @@ def compare(options: CompareOptions, console: Console) -> Comparison:
     Raises:
         ConfigError: If mergers and zoo do not belong together.
     """
-    contestants = read_contestants(options.merger)
-    judged, about = _judged(options, contestants, console)
-    out, task = Path(options.out or "runs/compare"), about["task"]
+    state = state or PartialState()
+    contestants = read_contestants(options.merger or (_usual_merger(options),))
+    judged, about, data = open_families(options, contestants, console, state)
+    reference = _reference(options, judged, contestants)
+    out = Path(options.out or "runs/compare")
     told = {**asdict(options), "judged": [one.identity for one in judged]}
+    main = state.is_main_process
     with track(
-        f"compare {task['name']}",
+        f"compare {about['task']['name']}",
         options=told,
         experiment=options.experiment,
-        enabled=options.tracking,
+        inputs=data,
+        enabled=options.tracking and main,
     ) as tracked:
-        scored: list[Scored] = []
-        known = {c.name: _known(c, task["digest"]) for c in contestants}
-        for one in judged:
-            ledger = _ledger(options, out, one)
-            scored += _scored(
-                options, Bench(one, options.seed), contestants, ledger, console, known
-            )
-        scored.sort(key=lambda s: -float(s.accuracies.mean()))
-        names = [contestant.name for contestant in contestants]
-        meta = {**about, "mergers": known, **_protocol(options)}
-        meta["differences"] = differences(scored, names)
-        files = _write(out, scored, meta)
-        for row in (s.row() for s in scored):
-            named = {k: row[k] for k in ("method", "members", "data", "control")}
-            numbers = {k: row[k] for k in row if k not in named}
-            title = f"{row['method']} K={row['members']}, {row['data']}"
-            tracked.child(title, options=named, metrics=numbers)
-        tracked.metrics(_summary(scored, names))
-        for file in files:
-            tracked.artifact(file)
-    print_leaderboard(console, scored, meta, [one.members for one in judged])
-    console.print(f"[bold]compare[/] {', '.join(map(str, files))}")
-    return Comparison(scored, meta)
-
-
-# ----------------------------------------------------------------------------------------------
-# who is judged
-
-
-def _judged(
-    options: CompareOptions, contestants: Sequence[Contestant], console: Console
-) -> tuple[list[Judged], dict[str, Any]]:
-    """Families of every size, and what the meta file says of them."""
-    if options.third_party:
-        pair = third_party_pair(options.third_party, seed=options.seed)
-        task = pair.split.task
-        told = {"name": task.name, "digest": task.digest, "classes": task.classes}
-        about = {"task": told, "zoo": None, "images": _images(pair)}
-        return [pair], {**about, "seeds": _seeds(options, contestants, None)}
-    zoo = open_zoo(options.zoo, contestants, console)
-    sizes = tuple(dict.fromkeys(options.members)) or zoo.sizes
-    unknown = sorted(set(sizes) - set(zoo.sizes))
-    if unknown:
-        raise ConfigError(
-            f"members: the zoo {zoo.folder} has families of {zoo.sizes}, got {unknown}."
+        found = make_rows(
+            judged,
+            lambda bench: _competitors(options, bench, contestants),
+            contestants,
+            options.seeds,
+            out=out,
+            limit=options.limit,
+            state=state,
+            console=console,
         )
-    split = common_task(zoo)
-    found = [zoo_families(zoo, split, size, most=options.families) for size in sizes]
-    return found, {
-        "task": zoo.manifest["task"],
-        "zoo": {"folder": str(zoo.folder), "digest": zoo.digest, "options": zoo.options},
-        "images": _images(found[0]),
-        "seeds": _seeds(options, contestants, zoo.options["seed"]),
-    }
-
-
-def _images(judged: Judged) -> dict[str, int]:
-    parts = ("segments", "objective", "validation", "test")
-    return {part: len(judged.split.rows(part)) for part in parts}
-
-
-def _seeds(
-    options: CompareOptions, contestants: Sequence[Contestant], zoo: int | None
-) -> dict[str, Any]:
-    own = {c.name: c.card["options"]["seed"] for c in contestants}
-    return {"zoo": zoo, "merger": own, "compare": options.seed}
+        lines = ranked(found.scored, reference)
+        meta = {**about, **_told(options, found, contestants, about["task"], reference)}
+        if main:
+            write_leaderboard(out, [line.record() for line in lines], meta)  # before it is drawn
+            print_leaderboard(console, lines, meta)
+            drawn = {"seed": options.seeds[0], "title": meta["task"]["name"]}
+            scored = [line.scored for line in lines]
+            figures = figures_of(scored, judged, contestants, family=options.pictures, **drawn)
+            files = _write(out, lines, meta, figures)
+            _track(tracked, lines, contestants, files)
+            left = f"{out}: {', '.join(file.name for file in files)}"
+            console.print(f"[bold]compare[/] {left}", soft_wrap=True)
+    return Comparison([line.scored for line in lines], meta)
 
 
 # ----------------------------------------------------------------------------------------------
-# rows
+# who is judged, and against whom
 
 
-def _scored(
-    options: CompareOptions,
-    bench: Bench,
-    contestants: Sequence[Contestant],
-    ledger: Ledger,
-    console: Console,
-    known: dict[str, dict[str, Any]],
-) -> list[Scored]:
-    """Rows of one number of members, and gates of the mergers into ``known``."""
-    rows = list(_rows(options, bench, contestants))
-    scored: list[Scored] = []
-    judging = contestants if bench.count > 1 else ()  # gates compare families
-    with _progress(console, len(rows) + len(judging)) as advance:
-        for row in rows:
-            advance(f"K={bench.members}: {row.method}, {row.data}")
-            key = f"K={bench.members}; {row.method}; {row.data}; {row.code}"
-            if key not in ledger:
-                ledger.add(key, row.score().record())
-            scored.append(Scored.from_record(ledger.rows[key]))
-        for contestant in judging:
-            advance(f"K={bench.members}: gates of {contestant.name}")
-            code = code_of(gates, by_heart, examination)
-            key = f"K={bench.members}; gates; {contestant.code}; {code}"
-            if key not in ledger:
-                ledger.add(key, examine(bench, contestant))
-            for name, value in ledger.rows[key].items():
-                known[contestant.name][name][f"k{bench.members}"] = value
-    return scored
+def _usual_merger(options: CompareOptions) -> str:
+    return str(BUNDLED) if options.checkpoints else MERGER
 
 
-def _rows(
+def _reference(
+    options: CompareOptions, judged: Sequence[Judged], contestants: Sequence[Contestant]
+) -> str:
+    """The row that others are held against, known before anything is made."""
+    name = options.reference or contestants[0].name
+    for one in judged:
+        rows = _competitors(options, Bench(one, options.seeds[0]), contestants)
+        known = dict.fromkeys(row.method for row in rows)
+        labels = {f"{row.method}, {row.data}" for row in rows}
+        if name not in {BEST, *known, *labels}:
+            raise ConfigError(
+                f"reference: no row {name!r} at K={one.members}. There are: {BEST}, "
+                f"{', '.join(known)}."
+            )
+    return name
+
+
+def _competitors(
     options: CompareOptions, bench: Bench, contestants: Sequence[Contestant]
-) -> Iterator[Competitor]:
-    images = [
-        drawn_images(bench.budget, kind, counts, full=options.full, seed=options.seed)
-        for kind, counts in (("unlabelled", options.unlabelled), ("labelled", options.labelled))
-    ]
+) -> list[Competitor]:
+    """All rows of one number of members."""
+    counts = {"unlabelled": options.unlabelled, "labelled": options.labelled}
+    images = [drawn_images(bench, kind, own, full=options.full) for kind, own in counts.items()]
+    rows: list[Competitor] = []
     for contestant in contestants:
-        yield from merger_rows(bench, contestant, *images, tuned=options.controls)
-    yield from plain_rows(bench, *images)
-    yield from voting_rows(bench)
-    if options.controls:
-        yield from control_rows(bench, *images)
-
-
-def _known(contestant: Contestant, task: str) -> dict[str, Any]:
-    return {
-        "folder": contestant.folder,
-        "kind": contestant.kind,
-        "foreign": not contestant.knows_task(task),
-        "card": contestant.card,
-        "gates": {},
-        "forgotten_class_recall": {},
-        "nearest_training": {},
-    }
-
-
-def _ledger(options: CompareOptions, out: Path, judged: Judged) -> Ledger:
-    return Ledger(out / "rows.jsonl", {**judged.identity, "seed": options.seed})
+        rows += merger_rows(bench, contestant, *images, tuned=options.controls)
+    learned = [contestant.kind for contestant in contestants]
+    rows += plain_rows(bench, options.methods, *images, learned=learned)
+    rows += voting_rows(bench)
+    rows += control_rows(bench, *images, trained=options.controls)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------
 # what is left of it
 
 
-def _protocol(options: CompareOptions) -> dict[str, Any]:
+def _told(
+    options: CompareOptions,
+    found: Found,
+    contestants: Sequence[Contestant],
+    task: dict[str, Any],
+    reference: str,
+) -> dict[str, Any]:
+    known = {
+        contestant.name: {
+            "folder": contestant.folder,
+            "kind": contestant.kind,
+            "foreign": not contestant.knows_task(task["digest"]),
+            "card": contestant.card,
+            **{
+                name: {size: own[name] for size, own in found.examined[contestant.name].items()}
+                for name in ("gates", "forgotten_class_recall", "nearest_training")
+            },
+        }
+        for contestant in contestants
+    }
     return {
+        "mergers": known,
+        "reference": reference,
+        "failed": found.failed,
         "options": asdict(options),
-        "protocol": {
-            "data": "what a method was given at merge time, out of the objective and validation "
-            "images; mergers were trained once, before, on the objective images of their own "
-            "zoos; a foreign merger never saw this task",
-            "controls": f"learning rate from {controls.RATES} chosen on a quarter of the images, "
-            "or on the validation images where all are given, then trained on all that are given; "
-            "controls with unlabelled images may use labels for that choice and that of the best "
-            "member, and for nothing else",
-        },
+        "command": shlex.join(["python", "-m", "evaluation.compare", *words(changed(options))]),
+        "protocol": protocol(),
+        "versions": versions(),
     }
 
 
-def _write(out: Path, scored: Sequence[Scored], meta: dict[str, Any]) -> list[Path]:
-    rows = [one.row() for one in scored]
-    write_leaderboard(out, rows, meta)
-    labelled = [{**one.row(), "method": one.label} for one in scored]
-    title = f"{meta['task']['name']}: accuracy on test images"
-    leaderboard_figure(labelled, title=title).savefig(out / "leaderboard.png", dpi=150)
-    names = ("leaderboard.json", "leaderboard.meta.json", "leaderboard.png")
+def _write(
+    out: Path, lines: Sequence[Line], meta: dict[str, Any], figures: Mapping[str, Figure]
+) -> list[Path]:
+    """Pages and pictures, beside the leaderboard."""
+    captions = {name: caption(name) for name in figures}
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=PIXELS)
+    write_whole(out / "report.html", report_page(lines, meta, figures, captions))
+    files = {f"{name}.png": text for name, text in captions.items()}
+    write_whole(out / "report.md", report_markdown(lines, meta, files))
+    names = ("leaderboard.json", "leaderboard.meta.json", "report.html", "report.md", *files)
     return [out / name for name in names]
 
 
-def _summary(scored: Sequence[Scored], names: Sequence[str]) -> dict[str, float]:
-    """The mergers' own figures, for the parent run."""
-    return {
-        f"{s.method}_accuracy_k{s.members}": s.row()["accuracy_mean"]
-        for s in scored
-        if s.method in names
-    }
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar; the call that is yielded says what is made next."""
-    columns = (TextColumn("{task.description:.60}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=console.quiet
-    ) as bar:
-        task = bar.add_task("compare", total=total, completed=-1)
-        yield lambda what: bar.update(task, advance=1, description=what)
+def _track(
+    tracked: Any, lines: Sequence[Line], contestants: Sequence[Contestant], files: Sequence[Path]
+) -> None:
+    """A child run for every row, the mergers' own figures, and the files."""
+    for row in (line.scored.row() for line in lines):
+        named = {k: row[k] for k in ("method", "members", "data", "control")}
+        numbers = {k: row[k] for k in row if k not in named}
+        title = f"{row['method']} K={row['members']}, {row['data']}"
+        tracked.child(title, options=named, metrics=numbers)
+    names = {contestant.name for contestant in contestants}
+    own = [line.scored for line in lines if line.scored.method in names]
+    tracked.metrics({f"{s.method}_accuracy_k{s.members}": s.row()["accuracy_mean"] for s in own})
+    for file in files:
+        tracked.artifact(file)
 
 
 def terminal() -> Console:
     """A console wide enough for the table where the output is a file or a pipe."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
+    return console if console.is_terminal else Console(width=max(console.width, 140))
 
 
 def _on_command(options: CompareOptions) -> None:
+    state = launched_processes()
+    console = terminal() if state.is_main_process else Console(quiet=True)
     if options.suite:
-        run_suite(options, terminal(), compare)
+        run_suite(options, console, compare, state)
     else:
-        compare(options, terminal())
+        compare(options, console, state)
 
 
 def main() -> None:

@@ -177,22 +177,31 @@ def aligned_average(families: Weights, layout: Layout) -> Weights:
     return {k: t.mean(1) if t.is_floating_point() else t[:, 0] for k, t in aligned.items()}
 
 
-def fine_tuned(start: Weights, layout: Layout, budget: Budget) -> tuple[Weights, float]:
+def fine_tuned(
+    start: Weights, layout: Layout, budget: Budget, *, seed: int = 0
+) -> tuple[Weights, float]:
     """Train given networks further on the labelled objective images.
 
     Args:
         start: ``[f, ...]``.
         layout: Weight graph of the architecture.
         budget: The images.
+        seed: Seed of the order of images.
 
     Returns:
         ``[f, ...]``, and the learning rate that was chosen.
     """
-    return _trained(start, layout, budget, budget.everything[1], cross_entropy, TUNE_EPOCHS)
+    told = (budget.everything[1], cross_entropy, TUNE_EPOCHS)
+    return _trained(start, layout, budget, *told, seed)
 
 
 def from_scratch(
-    factory: Callable[[], nn.Module], seeds: Sequence[int], layout: Layout, budget: Budget
+    factory: Callable[[], nn.Module],
+    seeds: Sequence[int],
+    layout: Layout,
+    budget: Budget,
+    *,
+    seed: int = 0,
 ) -> tuple[Weights, float]:
     """Train fresh networks on the labelled objective images.
 
@@ -201,16 +210,18 @@ def from_scratch(
         seeds: One init seed per network.
         layout: Weight graph of the architecture.
         budget: The images.
+        seed: Seed of the order of images.
 
     Returns:
         ``[f, ...]``, and the learning rate that was chosen.
     """
     start = init_networks(factory, seeds)
-    return _trained(start, layout, budget, budget.everything[1], cross_entropy, SCRATCH_EPOCHS)
+    told = (budget.everything[1], cross_entropy, SCRATCH_EPOCHS)
+    return _trained(start, layout, budget, *told, seed)
 
 
 def distilled(
-    start: Weights, families: Weights, layout: Layout, budget: Budget
+    start: Weights, families: Weights, layout: Layout, budget: Budget, *, seed: int = 0
 ) -> tuple[Weights, float]:
     """Train given networks to imitate their family's soft vote on the objective images, unlabelled.
 
@@ -219,12 +230,13 @@ def distilled(
         families: Their members, ``[f, m, ...]``.
         layout: Weight graph of the architecture.
         budget: The images; labels serve only to choose the learning rate.
+        seed: Seed of the order of images.
 
     Returns:
         ``[f, ...]``, and the learning rate that was chosen.
     """
     teacher = family_logits(layout.program, families, budget.everything[0]).softmax(-1).mean(1)
-    return _trained(start, layout, budget, teacher, distillation, TUNE_EPOCHS)
+    return _trained(start, layout, budget, teacher, distillation, TUNE_EPOCHS, seed)
 
 
 def on_union(
@@ -237,6 +249,7 @@ def on_union(
     epochs: float,
     batch_size: int,
     lr: float,
+    seed: int = 0,
 ) -> Weights:
     """Train one fresh network per family on all images of its segments: the ceiling.
 
@@ -249,6 +262,7 @@ def on_union(
         epochs: Passes, as the members made.
         batch_size: As the members had.
         lr: As the members had.
+        seed: Seed of the order of images.
 
     Returns:
         ``[f, ...]``.
@@ -262,6 +276,7 @@ def on_union(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
+        seed=seed,
         frozen=frozen(factory()),
     ).weights
 
@@ -302,7 +317,13 @@ def ensembles(
 
 
 def _trained(
-    start: Weights, layout: Layout, budget: Budget, targets: Tensor, loss: Loss, epochs: float
+    start: Weights,
+    layout: Layout,
+    budget: Budget,
+    targets: Tensor,
+    loss: Loss,
+    epochs: float,
+    seed: int,
 ) -> tuple[Weights, float]:
     """Choose the learning rate on the validation part, then train on everything."""
     inputs, _ = budget.everything
@@ -319,6 +340,7 @@ def _trained(
             epochs=epochs,
             batch_size=32 if len(inputs) < MANY else 128,
             lr=lr,
+            seed=seed,
             loss=loss,
             frozen=budget.frozen,
         ).weights

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.report import Scored
+from evaluation.scored import Scored
 
 SOFT_VOTE = "soft-vote ensemble"
 OWN = "itself"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from zoo.tasks import load_task
 from zoo.variants import Variants
 
 HELD_BACK = ("seed", "objective")  # options that decide which images of a task are for what
+STATISTICS = ("running_mean", "running_var")  # what training leaves alone
 PAIR_OBJECTIVE = 6666  # objective images of the two third-party networks
 
 
@@ -36,12 +38,14 @@ class Judged:
         classes: Class of the task -> class of each family, ``[f, c]``; None where all families know
             them by the task's numbers.
         split: The task, and which of its images are for what.
-        network: Makes a freshly initialised one.
+        network: Makes a freshly initialised one; None where nobody knows how.
         segments: Rows of the task that each family has learned from; None where nobody knows.
         recipe: ``epochs``, ``batch_size`` and ``lr`` of members, where segments are known.
         training: Training families of the same zoo and their ``classes``; None where there are
             none.
         identity: What tells them apart from others, for ledgers; JSON can hold it.
+        bases: What the members of each family were fine-tuned from, ``[f, ...]``; None if nothing.
+        note: What a reader has to know of them, if anything.
     """
 
     name: str
@@ -49,11 +53,13 @@ class Judged:
     families: Weights
     classes: Tensor | None
     split: TaskSplit
-    network: Callable[[], nn.Module]
+    network: Callable[[], nn.Module] | None
     segments: list[Tensor] | None
     recipe: Mapping[str, Any]
     training: tuple[Weights, Tensor | None] | None
     identity: Mapping[str, Any]
+    bases: Weights | None = None
+    note: str = ""
 
     @property
     def members(self) -> int:
@@ -72,11 +78,20 @@ class Judged:
     @property
     def budget(self) -> Budget:
         """All images that merges and controls may use: objective and validation images."""
-        still = tuple(frozen(self.network()))
-        return Budget(self.split.images("objective"), self.split.images("validation"), still)
+        if self.network is None:
+            still = [key for key in self.families if key.endswith(STATISTICS)]
+        else:
+            still = frozen(self.network())
+        images = (self.split.images(part) for part in ("objective", "validation"))
+        return Budget(*images, tuple(still))
 
 
-def open_zoo(folder: str | None, contestants: Sequence[Contestant], console: Console) -> Zoo:
+def open_zoo(
+    folder: str | None,
+    contestants: Sequence[Contestant],
+    console: Console,
+    state: PartialState | None = None,
+) -> Zoo:
     """The zoo to judge on, in which objective and test images are what they are for every merger.
 
     Args:
@@ -84,6 +99,7 @@ def open_zoo(folder: str | None, contestants: Sequence[Contestant], console: Con
             if it is not there.
         contestants: The mergers. They may come from other tasks.
         console: Where to print.
+        state: The processes that build it, if it has to be built.
 
     Returns:
         The zoo.
@@ -97,7 +113,10 @@ def open_zoo(folder: str | None, contestants: Sequence[Contestant], console: Con
             f"zoo: the mergers were trained on {len(told)} zoos. Name the one whose test families "
             "they are to be judged on: --zoo <folder>."
         )
-    zoo = load_zoo(folder) if folder else build_with_progress(options_from(*told.values()), console)
+    if folder:
+        zoo = load_zoo(folder)
+    else:
+        zoo = build_with_progress(options_from(*told.values()), console, state)
     for contestant in contestants:
         _check_images(zoo, contestant)
     return zoo
@@ -114,6 +133,27 @@ def _check_images(zoo: Zoo, contestant: Contestant) -> None:
                 f"{', '.join(differ)}, so its test images may be among those that the merger was "
                 "trained on. Build one with the same."
             )
+
+
+def check_cut(split: TaskSplit, seed: int, contestants: Sequence[Contestant]) -> None:
+    """Refuse test images that were drawn otherwise than those that mergers of the task were spared.
+
+    Args:
+        split: The task, and which of its images are for what.
+        seed: Seed of the cut.
+        contestants: The mergers.
+
+    Raises:
+        ConfigError: If a merger may have been trained on some of the test images.
+    """
+    for contestant in contestants if split.task.test_rows is None else ():
+        for told in contestant.card["zoos"]:
+            if told["task"]["digest"] == split.task.digest and told["options"]["seed"] != seed:
+                raise ConfigError(
+                    f"seeds: {contestant.folder} was trained on images of {split.task.name}, and "
+                    f"those it was spared were drawn with seed {told['options']['seed']}. Name "
+                    "that seed first, so that they are the test images here."
+                )
 
 
 def zoo_families(zoo: Zoo, split: TaskSplit, members: int, *, most: int = 0) -> Judged:
@@ -151,7 +191,15 @@ def zoo_families(zoo: Zoo, split: TaskSplit, members: int, *, most: int = 0) -> 
         },
         training=training,
         identity={"zoo": zoo.digest, "families": count},
+        bases=_bases(zoo, members, count),
     )
+
+
+def _bases(zoo: Zoo, members: int, count: int) -> Weights | None:
+    """What families of a shared init looked like when their members parted, where that was kept."""
+    if zoo.options["init"] != "shared" or not zoo.options["snapshots"]:
+        return None
+    return {key: t[:count, 0, 0] for key, t in zoo.snapshots("test", members).items()}
 
 
 def classes_of(zoo: Zoo, part: str, members: int) -> Tensor | None:
@@ -196,4 +244,5 @@ def third_party_pair(files: Sequence[str], *, seed: int = 0) -> Judged:
         recipe={},
         training=None,
         identity={"members": sums, "task": split.task.digest, "seed": seed},
+        note="nobody knows which images the two networks learned from; test images are MNIST's own",
     )

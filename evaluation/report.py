@@ -1,188 +1,116 @@
-"""What a comparison leaves behind: rows, paired differences, files and the table."""
+"""``report.html``: a comparison as one page that needs no other file and no network."""
 
-import json
-import os
+import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
 
-RIVALS = (
-    *("soft-vote ensemble", "average, aligned", "best member", "best member, fine-tuned"),
-    *("distilled from best member", "distilled from aligned average", "trained from scratch"),
-)
+from evaluation.leaderboard import Line, about_merger, beyond, by_label
+
+PAGES = Path(__file__).parent / "pages"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One way of getting predictions, scored on all test families of one size."""
-
-    method: str
-    members: int
-    data: str
-    accuracies: Tensor  # [f]
-    seconds: float
-    parameters: int
-    control: bool
-
-    @property
-    def label(self) -> str:
-        """Method and images, which are one row of a table."""
-        return self.method if self.data in ("none", "segments") else f"{self.method}, {self.data}"
-
-    def record(self) -> dict[str, Any]:
-        """What a ledger keeps, accuracies of all families included."""
-        return {**vars(self), "accuracies": self.accuracies.tolist()}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Scored":
-        """What ``record`` gave, read again."""
-        return cls(**{**record, "accuracies": torch.tensor(record["accuracies"])})
-
-    def row(self) -> dict[str, Any]:
-        """The row of ``leaderboard.json``."""
-        spread = (
-            self.accuracies.std(correction=1) if len(self.accuracies) > 1 else torch.tensor(0.0)
-        )
-        return {
-            "method": self.method,
-            "members": self.members,
-            "data": self.data,
-            "accuracy_mean": round(float(self.accuracies.mean()), 6),
-            "accuracy_std": round(float(spread), 6),
-            "accuracy_worst": round(float(self.accuracies.min()), 6),
-            "families": len(self.accuracies),
-            "seconds": round(self.seconds, 6),
-            "parameters": self.parameters,
-            "control": self.control,
-        }
-
-
-def differences(scored: Sequence[Scored], mergers: Sequence[str]) -> list[dict[str, Any]]:
-    """Mergers against their rivals, paired over families.
-
-    With nothing but weights a merger is held against all of them; with images against those that
-    got none or as many.
+def report_page(
+    lines: Sequence[Line],
+    meta: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    captions: Mapping[str, str],
+) -> str:
+    """The page as text.
 
     Args:
-        scored: Everything that was scored.
-        mergers: Names of the mergers.
+        lines: Rows with their differences.
+        meta: What ``leaderboard.meta.json`` holds.
+        figures: Name -> picture, in the order in which they are shown.
+        captions: Name -> what stands below.
 
     Returns:
-        One row per number of members, merger's row and rival: mean difference in accuracy and the
-        half width of its 95 % interval (normal approximation over families).
+        HTML with pictures, style and script inline.
     """
-    rows = []
-    for own in scored:
-        if own.method.partition(", ")[0] not in mergers or own.control:
-            continue
-        for rival in scored:
-            fair = own.data == "none" or rival.data in ("none", own.data)
-            if rival.method not in RIVALS or rival.members != own.members or not fair:
-                continue
-            gaps = own.accuracies - rival.accuracies
-            half = 1.96 * float(gaps.std(correction=1)) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-            rows.append(
-                {
-                    "members": own.members,
-                    "merger": own.label,
-                    "against": rival.label,
-                    "difference": float(gaps.mean()),
-                    "half_width": half,
-                }
-            )
-    return rows
-
-
-def write_leaderboard(out: Path, rows: list[dict[str, Any]], meta: dict[str, Any]) -> None:
-    """Write ``leaderboard.json`` and ``leaderboard.meta.json``, each whole or not at all.
-
-    Args:
-        out: Folder, made if missing.
-        rows: Rows of the leaderboard.
-        meta: Task, split, seeds, merger, gates.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in (("leaderboard.json", rows), ("leaderboard.meta.json", meta)):
-        partial = out / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, out / name)
-
-
-def print_leaderboard(
-    console: Console, scored: Sequence[Scored], meta: dict[str, Any], sizes: Sequence[int]
-) -> None:
-    """Print the table, the paired differences and the gates.
-
-    Args:
-        console: Where to print.
-        scored: Everything that was scored.
-        meta: What ``leaderboard.meta.json`` holds.
-        sizes: Numbers of members, one column each.
-    """
-    by_label: dict[str, dict[int, Scored]] = {}
-    for one in scored:
-        by_label.setdefault(one.label, {})[one.members] = one
-    largest, families = max(sizes), len(scored[0].accuracies)
-    table = Table(
-        title=f"{meta['task']['name']}: test accuracy in %, mean ± std over {families} families",
-        caption=f"Controls in italics; images: needed at merge time; worst and s: at K={largest}.",
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    table.add_column("method", no_wrap=True)
-    table.add_column("images", no_wrap=True)
+    sizes = sorted({line.scored.members for line in lines})
+    last = [line for line in lines if line.scored.members == sizes[-1]]
+    return environment.get_template("report.html").render(
+        meta=meta,
+        sizes=sizes,
+        families=len(lines[0].scored.accuracies),
+        seeded=any(line.scored.by_seed for line in lines),
+        against=last[0].difference.against,
+        rows=[_row(row, sizes, meta) for row in by_label(lines)],
+        differences={size: _differences(lines, size) for size in sizes if len(sizes) > 1},
+        summary=_summary(lines, sizes, meta),
+        mergers={name: about_merger(name, told) for name, told in meta["mergers"].items()},
+        pictures=[(captions[name], picture_source(figure)) for name, figure in figures.items()],
+    )
+
+
+def picture_source(figure: Figure) -> str:
+    """A figure as the source of an image: SVG in base64, which no page has to fetch.
+
+    Args:
+        figure: The figure.
+
+    Returns:
+        A ``data:`` address.
+    """
+    buffer = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "metamerge"}):  # the same bytes for the same figure
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _row(row: Mapping[int, Line], sizes: Sequence[int], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Cells of the large table, each with what it is sorted by."""
+    one = next(iter(row.values())).scored
+    last = row.get(sizes[-1])
+    kind = "control" if one.control else "merger" if one.method in meta["mergers"] else "merge"
+    return {
+        "method": one.method,
+        "data": one.data,
+        "kind": kind,
+        "accuracies": [_accuracy(row.get(size)) for size in sizes],
+        "last": None if last is None else last.record(),
+        "beyond": "" if last is None else beyond(last.difference),
+    }
+
+
+def _accuracy(line: Line | None) -> dict[str, float] | None:
+    if line is None:
+        return None
+    record = line.record()
+    return {"mean": 100 * record["accuracy_mean"], "std": 100 * record["accuracy_std"]}
+
+
+def _differences(lines: Sequence[Line], size: int) -> list[dict[str, Any]]:
+    """Rows of the table of differences at one number of members."""
+    return [
+        {"label": line.scored.label, "beyond": beyond(line.difference), **line.record()}
+        for line in lines
+        if line.scored.members == size
+    ]
+
+
+def _summary(
+    lines: Sequence[Line], sizes: Sequence[int], meta: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """For every number of members what mergers reach with weights alone, and what they have to."""
+    found = []
     for size in sizes:
-        table.add_column(f"K={size}", justify="right", no_wrap=True)
-    table.add_column("worst", justify="right", no_wrap=True)
-    table.add_column("s", justify="right", no_wrap=True)
-    order = sorted(by_label.values(), key=lambda own: -_mean(own.get(largest)))
-    for own in order:
-        one, last = next(iter(own.values())), own.get(largest)
-        style = "italic" if one.control else "bold" if one.method in meta["mergers"] else None
-        ends = ("", "")
-        if last:
-            ends = (f"{100 * float(last.accuracies.min()):.1f}", f"{last.seconds:.2f}")
-        cells = [_cell(own.get(size)) for size in sizes]
-        table.add_row(one.method, one.data, *cells, *ends, style=style)
-    console.print(table)
-    for entry in meta["differences"]:
-        if entry["merger"] in meta["mergers"]:  # the others stand in the meta file
-            console.print(
-                f"K={entry['members']}: {entry['merger']} minus {entry['against']}: "
-                f"{100 * entry['difference']:+.1f} ± {100 * entry['half_width']:.1f} points",
-                emoji=False,  # labelled:100: is none
-            )
-    for name, told in meta["mergers"].items():
-        _print_gates(console, name, told)
-
-
-def _print_gates(console: Console, name: str, told: dict[str, Any]) -> None:
-    """What is known of one merger beside its accuracy."""
-    if told["foreign"]:
-        console.print(f"{name} never saw this task")
-    recall = ", ".join(f"{k} {v:.0%}" for k, v in told["forgotten_class_recall"].items())
-    if recall:
-        console.print(f"{name}: recall of a class that all members were made to forget: {recall}")
-    near = ", ".join(f"{k} {v['nearest']:.2f}" for k, v in told["nearest_training"].items() if v)
-    if near:
-        console.print(f"{name}: smallest relative distance to a network of its zoo: {near}")
-    gates = [(k, gate) for k, own in told["gates"].items() for gate in own]
-    failed = [f"{k} {gate['name']}" for k, gate in gates if not gate["passed"]]
-    outcome = f"FAILED: {', '.join(failed)}" if failed else "all passed"
-    said = outcome if gates else "not run: one family cannot be compared with another"
-    console.print(f"[bold]gates[/] {name}: {said}", highlight=False)
-
-
-def _mean(scored: Scored | None) -> float:
-    return float(scored.accuracies.mean()) if scored else 0.0
-
-
-def _cell(scored: Scored | None) -> str:
-    if scored is None:
-        return ""
-    row = scored.row()
-    return f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_std']:.1f}"
+        own = [line.scored for line in lines if line.scored.members == size]
+        bare = [one for one in own if one.data == "none"]
+        chosen = [one for one in bare if one.method in meta["mergers"]]
+        chosen += [one for one in bare if one.method in ("soft-vote ensemble", "average, aligned")]
+        told = [{"method": s.method, "mean": 100 * float(s.accuracies.mean())} for s in chosen]
+        found.append({"members": size, "rows": told})
+    return found

@@ -8,16 +8,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
 from evaluation.goals import outcomes
 from evaluation.methods.ledger import digest_of
-from evaluation.report import Scored
+from evaluation.processes import environment_of_one
+from evaluation.scored import Scored
 from evaluation.suites import SUITES, Row, Training
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import read_card
 from zoo.build import build_with_progress
+from zoo.options import words
 from zoo.store import Zoo
 
 COLUMNS = {  # of the table: title -> key of a line
@@ -35,8 +38,12 @@ COLUMNS = {  # of the table: title -> key of a line
 }
 
 
+Compare = Callable[[Any, Console, PartialState], Any]
+"""Makes one comparison of such options."""
+
+
 def run_suite(
-    options: Any, console: Console, compare: Callable[[Any, Console], Any]
+    options: Any, console: Console, compare: Compare, state: PartialState
 ) -> list[dict[str, Any]]:
     """Run a suite and print what was reached; write ``suite.json`` and ``suite.md``.
 
@@ -45,6 +52,7 @@ def run_suite(
             hold for every comparison, but for what rows say themselves.
         console: Where to print.
         compare: Makes one comparison of such options.
+        state: The processes that share zoos and comparisons; mergers are trained by the first.
 
     Returns:
         The lines of the table, one per figure that was to be reached and merger.
@@ -58,8 +66,10 @@ def run_suite(
     lines: list[dict[str, Any]] = []
     for row in rows:
         console.rule(f"{row.name}: {row.target}")
-        lines += run_row(row, replace(options, suite=None, only=(), out=str(out)), console, compare)
-        _write(out, lines, rows)
+        own = replace(options, suite=None, only=(), out=str(out))
+        lines += run_row(row, own, console, compare, state)
+        if state.is_main_process:
+            _write(out, lines, rows)
     console.print(_table(options.suite, lines))
     console.print(f"[bold]suite[/] {out}/suite.json, suite.md")
     return lines
@@ -69,7 +79,7 @@ def chosen_rows(suite: str, only: Sequence[str]) -> list[Row]:
     """Rows of a suite by name.
 
     Args:
-        suite: Name of the suite.
+        suite: Name of the suite, or of a row of one, which is then the only one.
         only: Names of rows; all if there are none.
 
     Returns:
@@ -79,7 +89,14 @@ def chosen_rows(suite: str, only: Sequence[str]) -> list[Row]:
         ConfigError: If there is no such suite or row.
     """
     if suite not in SUITES:
-        raise ConfigError(f"suite: got {suite!r}, expected one of {', '.join(SUITES)}.")
+        single = [row for rows in SUITES.values() for row in rows if row.name == suite]
+        if not single:
+            rows = dict.fromkeys(row.name for rows in SUITES.values() for row in rows)
+            raise ConfigError(
+                f"suite: got {suite!r}, expected one of {', '.join(SUITES)}, or one of their rows: "
+                f"{', '.join(rows)}."
+            )
+        return single[:1]
     names = [row.name for row in SUITES[suite]]
     unknown = sorted(set(only) - set(names))
     if unknown:
@@ -88,7 +105,7 @@ def chosen_rows(suite: str, only: Sequence[str]) -> list[Row]:
 
 
 def run_row(
-    row: Row, options: Any, console: Console, compare: Callable[[Any, Console], Any]
+    row: Row, options: Any, console: Console, compare: Compare, state: PartialState
 ) -> list[dict[str, Any]]:
     """Make the comparisons of one row.
 
@@ -97,6 +114,7 @@ def run_row(
         options: Those of ``evaluation.compare``; ``out`` is the folder of the suite.
         console: Where to print.
         compare: Makes one comparison.
+        state: The processes.
 
     Returns:
         Its lines of the table.
@@ -107,17 +125,17 @@ def run_row(
     out = Path(options.out)
     if row.third_party and not options.third_party:
         raise ConfigError(f"{row.name}: give the two files with --third-party a.dat b.dat.")
-    folders = [str(trained(one, out / "mergers", console, options)) for one in row.mergers]
+    folders = [str(trained(one, out / "mergers", console, options, state)) for one in row.mergers]
     common = replace(options, merger=tuple(folders), third_party=(), **row.compare)
     places = []
     for judged in row.judge or row.mergers[0].zoos:
-        zoo = build_with_progress(judged, console)
+        zoo = build_with_progress(judged, console, state)
         place = str(out / f"{row.name}-{zoo.digest[:8]}")
         places.append(replace(common, zoo=str(zoo.folder), out=place))
     if row.third_party:
         place = str(out / f"{row.name}-third-party")
         places.append(replace(common, zoo=None, third_party=options.third_party, out=place))
-    found = [compare(own, console) for own in places]
+    found = [compare(own, console, state) for own in places]
     scored: list[Scored] = [one for comparison in found for one in comparison.scored]
     mergers = found[0].meta["mergers"]
     failed = {name: _failed(name, [one.meta for one in found]) for name in mergers}
@@ -128,7 +146,9 @@ def run_row(
     ]
 
 
-def trained(training: Training, folder: Path, console: Console, options: Any) -> Path:
+def trained(
+    training: Training, folder: Path, console: Console, options: Any, state: PartialState
+) -> Path:
     """A trained merger; the same training is done once, and goes on where it was stopped.
 
     Args:
@@ -136,6 +156,7 @@ def trained(training: Training, folder: Path, console: Console, options: Any) ->
         folder: Where mergers lie.
         console: Where to print.
         options: Those of ``evaluation.compare``, for tracking.
+        state: The processes; the first one trains.
 
     Returns:
         Its folder.
@@ -143,17 +164,18 @@ def trained(training: Training, folder: Path, console: Console, options: Any) ->
     Raises:
         MetaMergeError: If the training ends without a merger.
     """
-    zoos = [build_with_progress(zoo, console) for zoo in training.zoos]
+    zoos = [build_with_progress(zoo, console, state) for zoo in training.zoos]
     digests = {"zoos": [zoo.digest for zoo in zoos], "options": dict(training.options)}
     place = folder / digest_of(json.loads(json.dumps(digests)))
-    if not _finished(place):
+    if state.is_main_process and not _finished(place):
         command = _command(training.options, zoos, place, options)
         console.print(f"[bold]training[/] {' '.join(command[1:])}", highlight=False)
-        ended = subprocess.run(command, check=False)
+        ended = subprocess.run(command, check=False, env=environment_of_one())
         if not _finished(place):
             raise MetaMergeError(f"{place}: the training ended with {ended.returncode}, no merger.")
         if ended.returncode:
             console.print(f"{place}: the merger was saved, but fails gates; see its card")
+    state.wait_for_everyone()
     return place
 
 
@@ -170,15 +192,7 @@ def _command(given: Mapping[str, Any], zoos: Sequence[Zoo], place: Path, options
         "experiment": options.experiment,
         **given,
     }
-    words = [sys.executable, "-m", "trainers.merger"]
-    for name, value in told.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            several = value if isinstance(value, tuple | list) else (value,)
-            words += [f"--{flag}", *map(str, several)]
-    return words
+    return [sys.executable, "-m", "trainers.merger", *words(told)]
 
 
 def _failed(name: str, metas: Sequence[Mapping[str, Any]]) -> list[str]:

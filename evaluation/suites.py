@@ -295,4 +295,5 @@ QUICK = (
         goals=(Goal("average, aligned", members=2), Goal("average, aligned", members=3)),
     ),
 )
-SUITES: Mapping[str, tuple[Row, ...]] = {"mergers": MERGERS, "quick": QUICK}
+FIXTURES = tuple(row for row in MERGERS if row.third_party)
+SUITES: Mapping[str, tuple[Row, ...]] = {"mergers": MERGERS, "quick": QUICK, "fixtures": FIXTURES}

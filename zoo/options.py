@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -70,6 +70,32 @@ def command(kind: type[Options], work: Callable[[Options], object], *, prog: str
     except MetaMergeError as error:
         print(f"{prog.rpartition(' ')[2]}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
+
+
+def words(given: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line.
+
+    Args:
+        given: Name -> value, as ``parse`` gives them back; None is left out.
+
+    Returns:
+        The words.
+    """
+    found: list[str] = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            several = value if isinstance(value, tuple | list) else (value,)
+            found += [f"--{flag}", *map(str, several)]
+    return found
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """Fields of a dataclass that have another value than the default, by name."""
+    told = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    return {name: value for name, (value, default) in told.items() if value != default}
 
 
 def _add(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, comment: str) -> None:

@@ -5,14 +5,16 @@ row can be run with is read from the records, never from names.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from metamerge.corrections.batch_norm import normalisations
 from metamerge.declaration import REQUIRED, Record
+from metamerge.errors import ConfigError
 from metamerge.registry import (
     get_alignment,
     get_correction,
@@ -137,6 +139,41 @@ def entries(layout: Layout, members: int, start: str, *, learned: str | None) ->
         if not unfit and entry.label not in seen:
             seen.add(entry.label)
             yield entry
+
+
+def parse_entry(name: str, members: int) -> Entry:
+    """Read how to merge from its name.
+
+    Args:
+        name: A method, with alignments before it and corrections behind it where others than the
+            usual are wanted, joined by ``+`` or ``>``: ``ties``, ``canonical+average+refit``,
+            ``none+average`` for members as they are.
+        members: Members per family.
+
+    Returns:
+        The entry; options without a default get the usual values.
+
+    Raises:
+        ConfigError: If there is not one method in it, or a name is unknown.
+    """
+    parts = [part.strip() for part in re.split("[+>]", name)]
+    known = list_methods()
+    places = [place for place, part in enumerate(parts) if part in known]
+    if not places:
+        get_method(parts[0] if len(parts) == 1 else name)  # says which there are
+    if len(places) != 1:
+        raise ConfigError(
+            f"methods: {name!r} names {len(places)} merge methods, expected one. Write "
+            "alignment+method+correction, such as weight_matching+average+refit."
+        )
+    before, after = parts[: places[0]], parts[places[0] + 1 :]
+    before = None if before == ["none"] else before
+    for own, look_up in ((before or (), get_alignment), (after, get_correction)):
+        for part in own:
+            look_up(part)  # says which there are
+    align = before and tuple(before)
+    entry = Entry(parts[places[0]], "default" if align == [] else align, tuple(after))
+    return replace(entry, options=_options(entry, members))
 
 
 def _all_entries(layout: Layout, start: str) -> Iterator[Entry]:

@@ -1,7 +1,7 @@
 """Finished rows of a long comparison, kept line by line: the same command goes on where it was."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ class Ledger:
         path: The file; its folder is made if missing.
         options: Everything that decides what rows hold. Rows of other options stay in the file
             and are not seen.
+        into: File that new rows go to; the same if None. Processes that fill one ledger have a
+            file each, which ``gathered`` joins.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
-        self.path, self.digest = path, digest_of(options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # a line that was cut short must not swallow the next one
-        self._gap = "\n" if path.exists() and not path.read_text().endswith("\n") else ""
+    def __init__(self, path: Path, options: Mapping[str, Any], *, into: Path | None = None) -> None:
+        self.path, self.digest = into or path, digest_of(options)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._gap = _gap(self.path)
         self.rows = {
             line["key"]: line["row"] for line in _lines(path) if line["digest"] == self.digest
         }
@@ -42,6 +43,25 @@ class Ledger:
             file.write(f"{self._gap}{line}\n")
         self._gap = ""
         self.rows[key] = json.loads(line)["row"]
+
+
+def gathered(path: Path, parts: Sequence[Path]) -> None:
+    """Append what processes wrote to a ledger, and delete their files.
+
+    Args:
+        path: The ledger's file.
+        parts: Files beside it; those that are not there are passed over.
+    """
+    for part in filter(Path.exists, parts):
+        with path.open("a") as file:
+            file.write(_gap(path) + part.read_text())
+        part.unlink()
+
+
+def _gap(path: Path) -> str:
+    """What has to stand before the next line: one that was cut short must not swallow it."""
+    text = path.read_text() if path.exists() else ""
+    return "\n" if text and not text.endswith("\n") else ""
 
 
 def digest_of(options: Mapping[str, Any]) -> str:

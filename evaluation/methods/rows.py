@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from evaluation.merging import NOTHING, Given, Merging
 from evaluation.methods.entries import DATA, Entry, entries
 from evaluation.methods.settings import Draw, Setting
 from evaluation.metrics import accuracy
-from metamerge.alignment.aligning import align_members
-from metamerge.api import merge
-from metamerge.checkpoints import Checkpoint
+from evaluation.scored import Scored
 from metamerge.mergers import read_kind
-from metamerge.registry import get_alignment, get_method
-from metamerge.weights import Weights, stack
+from metamerge.weights import Weights
 from zoo.training import predict
+
+FIGURES = (
+    *("members", "accuracy_mean", "accuracy_std", "accuracy_worst"),
+    *("families", "seconds", "parameters"),
+)
 
 Make = Callable[[Draw], Weights]
 """Families of a draw -> one network for each, ``[f, ...]``."""
@@ -64,87 +67,37 @@ def merge_calls(setting: Setting, merger: str | None) -> Iterator[Call]:
                 yield Call(about, score, entry.code)
 
 
-def _merged(setting: Setting, entry: Entry, data: str, merger: str | None, draw: Draw) -> Weights:
-    """Align and merge every family."""
-    resources = get_method(entry.method).resources
-    given: dict[str, Any] = {
-        "method": entry.method,
-        "align": None,
-        "correct": list(entry.correct) or None,
-        "batches": images_of(draw, data),
-        **({"merger": merger} if "merger" in resources else {}),
-        **entry.options,
-    }
-    bases = draw.bases if draw.bases is not None and "base" in resources else None
-    program, fused = setting.layout.program.to_json(), []
-    for index in range(len(draw.members)):
-        members, _ = aligned_members(setting, draw, index, entry.alignments, data)
-        sources = [Checkpoint(f"member {m}", own, program) for m, own in enumerate(members)]
-        base = None if bases is None else {key: t[index].clone() for key, t in bases.items()}
-        merged = merge(sources, base=base, seed=draw.seed + index, device="cpu", **given)
-        fused.append(merged.weights)
-    return stack(fused)
-
-
-def images_of(draw: Draw, data: str) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The calibration images of a draw, as ``merge`` takes them.
+@lru_cache(maxsize=16)
+def merging_of(setting: Setting, draw: Draw, data: str) -> tuple[Merging, Given]:
+    """A draw with all that was aligned of it, and its calibration images.
 
     Args:
+        setting: The setting.
         draw: The draw.
         data: ``none``, ``unlabelled`` or ``labelled``.
 
     Returns:
-        None, inputs, or inputs and labels.
+        Its families, and nothing, inputs, or inputs and labels.
     """
-    inputs, labels = draw.budget.everything
-    return {"none": None, "unlabelled": inputs, "labelled": (inputs, labels)}[data]
-
-
-def aligned_members(
-    setting: Setting, draw: Draw, index: int, chain: tuple[str, ...], data: str
-) -> tuple[list[Weights], float]:
-    """Members of one family in common slots; what was aligned before is not aligned again.
-
-    Args:
-        setting: The setting.
-        draw: The draw of the family.
-        index: Which family of the draw.
-        chain: Names of alignments, in their order.
-        data: What alignments may look at.
-
-    Returns:
-        One state dict per member, and the seconds that it took when it was done.
-    """
-    used = any("batches" in get_alignment(name).resources for name in chain)
-    return _aligned_once(setting, draw, index, chain, data if used else "none")
-
-
-@lru_cache(maxsize=256)
-def _aligned_once(
-    setting: Setting, draw: Draw, index: int, chain: tuple[str, ...], data: str
-) -> tuple[list[Weights], float]:
-    if not chain:
-        return draw.members[index], 0.0
-    generator = torch.Generator().manual_seed(draw.seed + index)
-    at_hand = {"batches": images_of(draw, data), "generator": generator}
-    clock = time.perf_counter()
-    members, _ = align_members(draw.members[index], setting.layout, chain, resources=at_hand)
-    return members, time.perf_counter() - clock
-
-
-def _seconds_aligning(setting: Setting, entry: Entry, data: str, draws: Sequence[Draw]) -> float:
-    """Seconds per family that its alignment took, whenever that was."""
-    families = [(draw, index) for draw in draws for index in range(len(draw.members))]
-    told = [aligned_members(setting, *place, entry.alignments, data)[1] for place in families]
-    return sum(told) / len(told)
+    if data != "none":
+        inputs, labels = draw.budget.everything
+        told = Given(inputs, labels) if data == "labelled" else Given(inputs)
+        return merging_of(setting, draw, "none")[0], told
+    return Merging(setting.layout, draw.families, bases=draw.bases, seed=draw.seed), NOTHING
 
 
 def _merge_row(
     setting: Setting, draws: Sequence[Draw], entry: Entry, data: str, merger: str | None
 ) -> dict[str, Any]:
-    aligning = _seconds_aligning(setting, entry, data, draws)
-    row = scored(setting, draws, partial(_merged, setting, entry, data, merger))
-    return {**row, "seconds": round(row["seconds"] + aligning, 4)}
+    told = {id(draw): merging_of(setting, draw, data) for draw in draws}
+    aligning = [merging.seconds_aligning(entry, given) for merging, given in told.values()]
+
+    def make(draw: Draw) -> Weights:
+        merging, given = told[id(draw)]
+        return merging.merged(entry, given, merger=merger)
+
+    row = scored(setting, draws, make)
+    return {**row, "seconds": round(row["seconds"] + sum(aligning) / len(aligning), 4)}
 
 
 def scored(setting: Setting, draws: Sequence[Draw], make: Make) -> dict[str, Any]:
@@ -178,15 +131,7 @@ def row_of(setting: Setting, scores: Tensor, seconds: float, networks: int) -> d
     Returns:
         Name -> figure.
     """
-    spread = float(scores.std(correction=1)) if len(scores) > 1 else 0.0
     one = setting.starts["own"][0].families
-    parameters = sum(t[0, 0].numel() for t in one.values() if t.is_floating_point())
-    return {
-        "members": setting.members,
-        "accuracy_mean": round(float(scores.mean()), 6),
-        "accuracy_std": round(spread, 6),
-        "accuracy_worst": round(float(scores.min()), 6),
-        "families": len(scores),
-        "seconds": round(seconds, 4),
-        "parameters": networks * parameters,
-    }
+    parameters = networks * sum(t[0, 0].numel() for t in one.values() if t.is_floating_point())
+    row = Scored("", setting.members, "", scores, seconds, parameters, control=False).row()
+    return {name: row[name] for name in FIGURES}

@@ -6,19 +6,17 @@ on where it was stopped. A row is made again when the file of its method, alignm
 has changed; after changes elsewhere name it in ``--redo``.
 """
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evaluation.compare import terminal
+from evaluation.methods.attempts import attempted
 from evaluation.methods.control_rows import control_calls
 from evaluation.methods.ledger import Ledger
 from evaluation.methods.rows import Call, merge_calls
@@ -167,38 +165,11 @@ def setting_rows(
             bar.update(task, description=f"{setting.name}: {call.about['method']:.60}")
             again = any(part in call.about["method"] for part in redo)
             if again or "error" in ledger.rows.get(call.key, {"error": "not tried yet"}):
-                ledger.add(call.key, _attempted(call, limit))
+                found = attempted(call.score, call.about["data"], limit)
+                ledger.add(call.key, {**call.about, **found})
             bar.advance(task)
     rows = [{"setting": setting.name, **ledger.rows[call.key]} for call in calls]
     return sorted(_without_repeats(rows), key=lambda row: -row.get("accuracy_mean", -1.0))
-
-
-def _attempted(call: Call, limit: int) -> dict[str, Any]:
-    """The row, or one that says what went wrong: one method must not end the comparison of all."""
-    try:
-        with _at_most(limit):
-            return {**call.about, **call.score()}
-    except ConfigError as error:
-        lacks_labels = call.about["data"] == "unlabelled" and "label" in str(error)
-        return {**call.about, "refused" if lacks_labels else "error": str(error)}
-    except Exception as error:
-        return {**call.about, "error": f"{type(error).__name__}: {error}"}
-
-
-@contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    """Raise ``TimeoutError`` in the body after that many seconds."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"given up after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _without_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

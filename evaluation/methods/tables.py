@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from evaluation.leaderboard import write_whole
 from evaluation.pictures import leaderboard_figure
 
 STARTS = {"own": "inits of their own", "common": "fine-tuned from a common base"}
@@ -97,24 +97,18 @@ def write_tables(out: Path, name: str, rows: Sequence[Row], titles: Mapping[str,
         titles: Setting -> what it is.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / f"{name}.json", json.dumps(list(rows), indent=1) + "\n")
+    write_whole(out / f"{name}.json", json.dumps(list(rows), indent=1) + "\n")
     lines = StringIO()
     writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(out / f"{name}.csv", lines.getvalue())
-    _write(out / f"{name}.md", markdown(rows, titles))
+    write_whole(out / f"{name}.csv", lines.getvalue())
+    write_whole(out / f"{name}.md", markdown(rows, titles))
     for setting, start in dict.fromkeys((row["setting"], row["start"]) for row in rows):
         own = [r for r in rows if (r["setting"], r["start"]) == (setting, start)]
         title = f"{titles[setting]}\n{STARTS[start]}"
         figure = leaderboard_figure([r for r in own if "accuracy_mean" in r], title=title)
         figure.savefig(out / f"{name}-{setting}-{start}.png", dpi=130)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.bench import Bench
+from evaluation.merging import NOTHING
+from evaluation.methods.entries import USUAL
 from evaluation.metrics import (
     Reliability,
     barriers,
@@ -44,7 +46,8 @@ def states(bench: Bench, family: int) -> dict[str, Weights]:
     Returns:
         State -> ``[1, m, ...]``.
     """
-    aligned = stack([stack([one.weights for one in own]) for own in bench.aligned[0]])
+    merging = bench.merging
+    aligned = stack([stack(merging.aligned(f, (USUAL,), NOTHING)[0]) for f in range(bench.count)])
     found = {AS_TRAINED: bench.families, ALIGNED: bench.in_task(aligned)}
     return {state: _one(weights, family) for state, weights in found.items()}
 

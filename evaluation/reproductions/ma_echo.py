@@ -26,7 +26,7 @@ from evaluation.compare import terminal
 from evaluation.methods.control_rows import control_calls
 from evaluation.methods.entries import USUAL
 from evaluation.methods.ledger import digest_of
-from evaluation.methods.rows import Call, aligned_members, merge_calls, row_of, scored
+from evaluation.methods.rows import Call, merge_calls, merging_of, row_of, scored
 from evaluation.methods.settings import Draw, Setting, drawn_budget, official_rows
 from evaluation.methods.table import setting_rows
 from evaluation.methods.tables import print_tables, write_tables
@@ -163,7 +163,8 @@ def _shared(known: Tensor) -> Tensor:
 def _aligned(setting: Setting, align: str | None, draw: Draw) -> Weights:
     """Members in common slots, ``[1, m, ...]``."""
     chain = () if align is None else (align,)
-    members, _ = aligned_members(setting, draw, 0, chain, "unlabelled")
+    merging, given = merging_of(setting, draw, "unlabelled")
+    members, _ = merging.aligned(0, chain, given)
     return {key: tensor[None] for key, tensor in stack(members).items()}
 
 

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from evaluation.compare import CompareOptions, compare, main
 from evaluation.metrics import accuracy, family_logits
-from evaluation.report import RIVALS
 from metamerge import merge
 from metamerge.checkpoints import save_checkpoint
 from metamerge.errors import ConfigError, Unreadable, ZooError
@@ -25,13 +24,21 @@ from zoo.variants import Variants
 
 KEYS = {
     *("method", "members", "data", "accuracy_mean", "accuracy_std", "accuracy_worst"),
-    *("families", "seconds", "parameters", "control"),
+    *("families", "seconds", "parameters", "control", "seeds", "accuracy_seed_std"),
 }
+COMPARED = {"against", "difference", "low", "high", "p"}
 SIZES, FAMILIES, WIDTH = (2, 3), 4, 16
 PARAMETERS = 64 * WIDTH + WIDTH + WIDTH * 10 + 10
 IMAGES = 400  # objective and validation images together
 BUDGETS = {"unlabelled": (100, IMAGES), "labelled": (60, IMAGES)}
-FILES = {"leaderboard.json", "leaderboard.meta.json", "leaderboard.png", "rows.jsonl"}
+PICTURES = {
+    *("leaderboard", "cost", "accuracy_by_members", "interpolation", "barriers", "weight_plane"),
+    *("variance", "reliability", "mixing"),
+}
+FILES = {
+    *("leaderboard.json", "leaderboard.meta.json", "report.html", "report.md", "rows.jsonl"),
+    *(f"{name}.png" for name in PICTURES),
+}
 
 CONTROLS = {
     "mean member": "none",
@@ -165,7 +172,7 @@ def row_of(result, method, members, data=None):
 def quick(**options):
     """A comparison without images, controls and tracking."""
     plain = {"unlabelled": (0,), "labelled": (0,), "full": False, "controls": False}
-    given = CompareOptions(**{**plain, "tracking": False, **options})
+    given = CompareOptions(**{**plain, "pictures": False, "tracking": False, **options})
     return compare(given, Console(quiet=True))
 
 
@@ -180,8 +187,8 @@ def refused(error, *told, **options):
 
 
 def test_every_row_has_the_same_keys(result):
-    assert all(row.keys() == KEYS for row in result.written)
-    assert result.written == result.rows
+    assert all(row.keys() == KEYS | COMPARED for row in result.written)
+    assert [{k: row[k] for k in KEYS} for row in result.written] == result.rows
 
 
 def test_rows_are_sorted_by_accuracy(result):
@@ -258,7 +265,8 @@ def test_the_meta_file_says_what_was_compared(result, zoo, merger):
     assert meta["task"]["name"] == "digits"
     assert meta["zoo"]["digest"] == zoo.digest
     assert meta["images"] == {"segments": 948, "objective": 300, "validation": 100, "test": 449}
-    assert meta["seeds"] == {"zoo": 0, "merger": {"gnn": 0}, "compare": 0}
+    assert meta["seeds"] == {"zoo": 0, "merger": {"gnn": 0}, "compare": [0]}
+    assert meta["command"].startswith("python -m evaluation.compare --merger ")
     told = meta["mergers"]["gnn"]
     assert (told["folder"], told["kind"], told["foreign"]) == (merger, "gnn", False)
     assert told["card"] == read_card(merger)
@@ -278,23 +286,32 @@ def test_the_meta_file_holds_the_gates_and_how_near_training_networks_are(result
         assert 0.05 < distances["nearest"] <= distances["mean"]
 
 
-def test_differences_are_those_of_the_rows_with_no_more_images(result):
-    by_label = {(one.label, one.members): one for one in result.scored}
-    seen = set()
-    for told in result.meta["differences"]:
-        own, rival = (by_label[told[who], told["members"]] for who in ("merger", "against"))
-        gap = float((own.accuracies - rival.accuracies).mean())
-        assert told["difference"] == pytest.approx(gap, abs=1e-6)
-        assert told["half_width"] >= 0
-        assert own.data == "none" or rival.data in ("none", own.data)
-        seen |= {(own.method, rival.method)}
-    assert {rival for own, rival in seen if own == "gnn"} == set(RIVALS)
-    assert ("gnn, adapted", "trained from scratch") in seen
+def test_every_row_is_held_against_the_merger_on_the_same_families(result):
+    own = {(one.method, one.members, one.data): one for one in result.scored}
+    for row in result.written:
+        assert row["against"] == "gnn"
+        mine = own[row["method"], row["members"], row["data"]]
+        gaps = mine.accuracies - own["gnn", row["members"], "none"].accuracies
+        assert row["difference"] == pytest.approx(float(gaps.mean()), abs=2e-6)
+        assert row["low"] <= row["difference"] + 1e-6
+        assert row["difference"] - 1e-6 <= row["high"]
+        reference = (row["method"], row["data"]) == ("gnn", "none")
+        assert (row["p"] is None) == reference
 
 
-def test_nothing_but_the_leaderboard_and_its_rows_is_written(result):
+def test_nothing_but_the_leaderboard_its_rows_pages_and_pictures_is_written(result):
     assert {path.name for path in result.out.iterdir()} == FILES
     assert (result.out / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_both_pages_hold_every_row_and_picture(result):
+    html, markdown = ((result.out / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for row in result.rows:
+        assert f"<td>{row['method']}</td><td>{row['data']}</td>" in html
+        assert f"{row['method']}" in markdown
+    assert html.count('<img src="data:image/svg+xml;base64,') == len(PICTURES)
+    assert all(f"]({name}.png)" in markdown for name in PICTURES)
+    assert result.meta["command"] in markdown
 
 
 def test_the_table_shows_every_method(result):
@@ -357,7 +374,7 @@ def test_the_parent_holds_the_mergers_figures_and_the_files(result, runs):
 
 def test_the_same_comparison_of_one_size_gives_the_same_rows(result, work):
     """Without tracking nothing is tracked; only times differ."""
-    options = replace(result.options, out="again", members=(3,), tracking=False)
+    options = replace(result.options, out="again", members=(3,), tracking=False, pictures=False)
     rows = [one.row() for one in compare(options, Console(quiet=True)).scored]
     assert sorted(path.name for path in work.iterdir()) == ["again"]
 
@@ -370,8 +387,9 @@ def test_the_same_comparison_of_one_size_gives_the_same_rows(result, work):
 def test_finished_rows_are_not_made_again(result, monkeypatch):
     for name in ("timed", "voted", "merge"):
         monkeypatch.setattr(f"evaluation.bench.Bench.{name}", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr("evaluation.compare.examine", lambda *_: 1 / 0)
-    found = compare(replace(result.options, tracking=False), Console(quiet=True))
+    monkeypatch.setattr("evaluation.making.examine", lambda *_: 1 / 0)
+    own = replace(result.options, tracking=False, pictures=False)
+    found = compare(own, Console(quiet=True))
     assert [one.row() for one in found.scored] == result.rows
     assert found.meta["mergers"]["gnn"]["gates"] == result.meta["mergers"]["gnn"]["gates"]
 
@@ -395,7 +413,7 @@ def test_several_mergers_are_named_by_their_folders_and_families_can_be_few(work
     assert {"merger", "other"} <= {s.method for s in found.scored}
     assert list(found.meta["mergers"]) == ["merger", "other"]
     assert {len(s.accuracies) for s in found.scored} == {3}
-    assert {d["merger"].partition(",")[0] for d in found.meta["differences"]} == {"merger", "other"}
+    assert found.meta["reference"] == "merger"
 
 
 def test_a_merger_of_another_task_is_called_foreign(work, zoo, merger):
@@ -425,6 +443,7 @@ def renamed_result(place, relabelled):
         labelled=(60,),
         full=False,
         tracking=False,
+        pictures=False,
     )
     found = compare(options, Console(quiet=True))
     return {(one.method, one.data): one.accuracies for one in found.scored}, found.meta

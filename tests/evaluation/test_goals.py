@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evaluation.goals import OWN, Goal, outcomes
-from evaluation.report import Scored
+from evaluation.scored import Scored
 
 
 def scored(method, accuracies, *, members=4, data="none", control=False):

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from evaluation import suite_runs
 from evaluation.compare import CompareOptions
 from evaluation.goals import OWN, Goal
-from evaluation.report import Scored
+from evaluation.scored import Scored
 from evaluation.suite_runs import chosen_rows, run_suite, trained
 from evaluation.suites import FASHION_SKEWED, MERGERS, SUITES, TINY, Row, Training
 from metamerge.errors import ConfigError, MetaMergeError
@@ -59,7 +60,7 @@ def trainings(monkeypatch):
     return calls
 
 
-def comparison(options, console):
+def comparison(options, console, state):
     """Scores that depend on the zoo's folder and nothing else."""
     accuracies = torch.tensor([0.8, 0.9])
     rows = [
@@ -85,7 +86,7 @@ def suite(monkeypatch):
 
 def run(**options):
     given = CompareOptions(**{"suite": "small", "tracking": False, **options})
-    return run_suite(given, Console(quiet=True), comparison)
+    return run_suite(given, Console(quiet=True), comparison, PartialState(cpu=True))
 
 
 # ---------------------------------------------------------------------------- the rows that exist
@@ -124,11 +125,20 @@ def test_a_merger_of_a_foreign_task_is_trained_on_none_of_the_judged_tasks():
 
 @pytest.mark.parametrize(
     ("suite", "only", "told"),
-    [("mergers", ("digit",), "rows digits, "), ("merger", (), "one of mergers, quick")],
+    [
+        ("mergers", ("digit",), "rows digits, "),
+        ("merger", (), "one of mergers, quick, .*or one of their rows: digits, fashion-mlp"),
+    ],
 )
 def test_unknown_suites_and_rows_are_refused(suite, only, told):
     with pytest.raises(ConfigError, match=told):
         chosen_rows(suite, only)
+
+
+def test_a_row_is_a_suite_by_its_own_name():
+    for row in MERGERS:
+        assert chosen_rows(row.name, ()) == [row]
+    assert [row.name for row in chosen_rows("fixtures", ())] == ["third-party"]
 
 
 # ---------------------------------------------------------------------------- running them
@@ -144,8 +154,10 @@ def test_equal_trainings_are_done_once_and_never_again(work, suite, trainings):
 
 def test_another_option_is_another_training(work, trainings):
     console, options = Console(quiet=True), CompareOptions(tracking=False)
+    state = PartialState(cpu=True)
     folders = {
-        trained(Training((SMALL,), {"steps": steps}), work, console, options) for steps in (3, 4, 3)
+        trained(Training((SMALL,), {"steps": steps}), work, console, options, state)
+        for steps in (3, 4, 3)
     }
     assert len(folders) == len(trainings) == 2
 

@@ -44,7 +44,7 @@ def read(
         IncompatibleWeights: If a tensor is of a kind that cannot be used.
     """
     root = check_request(folder, limit)
-    files = _files(root)
+    files = checkpoint_files(root)
     table, naming, notes = _table(root)
     rows = {} if table is None else _match(table, naming, files)
     files = files[:limit]
@@ -58,8 +58,18 @@ def read(
     return Population(names, weights, metrics, None, None, notes)
 
 
-def _files(root: Path) -> list[str]:
-    """List the checkpoints below a folder by their paths within it, sorted."""
+def checkpoint_files(root: Path) -> list[str]:
+    """List the checkpoints below a folder by their paths within it, sorted.
+
+    Args:
+        root: The folder.
+
+    Returns:
+        Paths with forward slashes.
+
+    Raises:
+        ZooError: If there are none.
+    """
     paths = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
     shown = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     files = sorted(path.as_posix() for path in shown if path.suffix.lower() in SUFFIXES)

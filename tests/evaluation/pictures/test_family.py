@@ -5,6 +5,7 @@ import torch
 
 from evaluation.bench import Bench
 from evaluation.judged import Judged
+from evaluation.methods.entries import Entry
 from evaluation.metrics import accuracy, barriers, reliability
 from evaluation.pictures import (
     barriers_of,
@@ -38,8 +39,8 @@ def bench(digits_zoo):
 @pytest.fixture(scope="module")
 def fused(bench, trained_merger):
     return {
-        "average, aligned": bench.merge("average", align="weight_matching"),
-        "gnn": bench.merge("gnn", merger=trained_merger),
+        "average, aligned": bench.merge(Entry("average")),
+        "gnn": bench.merge(Entry("gnn"), merger=trained_merger),
     }
 
 
