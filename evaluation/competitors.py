@@ -227,4 +227,4 @@ def _ceiling(bench: Bench) -> Any:
 
 
 def _seeds(bench: Bench) -> list[int]:
-    return [SCRATCH_SEED + family for family in range(bench.count)]
+    return [SCRATCH_SEED + bench.first + family for family in range(bench.count)]
