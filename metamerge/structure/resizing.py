@@ -18,7 +18,7 @@ from metamerge.errors import StructureError
 from metamerge.structure.axes import Axis, Parts, Resolved
 from metamerge.structure.factors import AxisSpec, Concat, axis_length
 from metamerge.structure.lockstep import run
-from metamerge.structure.program import Node, Program
+from metamerge.structure.program import Node, Program, operator
 from metamerge.structure.spec import PermutationSpec
 from metamerge.structure.walk import Walk
 
@@ -211,7 +211,7 @@ class _Sizing:
 
 def _with(node: Node, **changed: Any) -> Node:
     """The call with other values of some arguments."""
-    names = list(node.arguments)
+    names = [argument.name for argument in operator(node.op)._schema.arguments]
     args = [changed.get(name, value) for name, value in zip(names, node.args, strict=False)]
     left = {n: v for n, v in changed.items() if n not in names[: len(args)]}
     return replace(node, args=tuple(args), kwargs={**node.kwargs, **left})
