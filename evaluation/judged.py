@@ -63,7 +63,7 @@ class Judged:
             families={key: tensor[own] for key, tensor in self.families.items()},
             classes=None if self.classes is None else self.classes[own],
             segments=None if self.segments is None else self.segments[own],
-            identity={**self.identity, "family": family},
+            identity={**self.identity, "families": 1, "family": family},
         )
 
     @property

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from evaluation import controls, mutants
 from evaluation.competitors import (
@@ -57,10 +56,12 @@ def mutant_rows(case: Case) -> Iterator[Competitor]:
     """
     code = code_of(mutants, fusing, pruning, controls)
 
-    def row(name: str, data: str, make: Callable[[], Mutant], control: bool = False) -> Competitor:
+    def row(
+        name: str, data: str, make: Callable[[], mutants.Made], control: bool = False
+    ) -> Competitor:
         return Competitor(name, data, code, partial(case.scored, name, data, make, control=control))
 
-    def tried(make: mutants.Make) -> Callable[[], Mutant]:
+    def tried(make: mutants.Make) -> Callable[[], mutants.Made]:
         return partial(case.chosen, make)
 
     def cut_only(part: str, rate: float) -> Mutant:
@@ -74,16 +75,16 @@ def mutant_rows(case: Case) -> Iterator[Competitor]:
     yield row("mutant, pruned on the way", images, tried(case.on_the_way))
     for criterion in ("taylor", "magnitude", "random"):
         make = tried(partial(case.at_once, criterion))
-        name = f"mutant, pruned at once ({criterion}), trained on"
+        name = f"mutant, pruned at once ({criterion})"
         yield row(name, images, make, criterion == "random")
     for frozen, how in ((True, "frozen"), (False, "together")):
         name = f"joined at the last layer, {how}"
-        yield row(name, images, tried(partial(case.joined_mutant, frozen)))
+        yield row(name, images, tried(partial(case.joined, frozen)))
     if case.schedule.scratch_epochs:
         yield row(
             "network of the mutant's width, from scratch", images, tried(case.from_scratch), True
         )
-    yield row("best member, fine-tuned as long as the mutant", images, case.as_long, True)
+    yield row("best member, fine-tuned as long", images, case.as_long, True)
     merged = "average, aligned + refit, fine-tuned"
     make = partial(case.bench.timed, merged, images, case.merged_and_tuned, control=False)
     yield Competitor(merged, images, code, make)
@@ -94,20 +95,17 @@ def mutant_rows(case: Case) -> Iterator[Competitor]:
 def _halves(
     case: Case,
     row: Callable[..., Competitor],
-    tried: Callable[[mutants.Make], Callable[[], Mutant]],
+    tried: Callable[[mutants.Make], Callable[[], mutants.Made]],
 ) -> Iterator[Competitor]:
     """Two networks of half the width, on a half of the family's segments each or on all of them."""
-    everything = case.bench.judged.segments[0]
-    for name, rows in (
-        ("halves of the width, each on half of the segments", case.halved_rows()),
-        ("halves of the width, each on all segments", [everything, everything]),
-    ):
-        yield row(f"{name}, fused", "segments", partial(case.halves, rows))
+    for shared, name in ((False, "each on half of the segments"), (True, "each on all segments")):
+        title = f"halves, {name}, fused"
+        yield row(title, "segments", partial(case.halves, shared))
 
-        def tuned(part: str, rate: float, rows: Sequence[Tensor] = rows) -> Mutant:
-            return case.train(case.halves(rows), part, rate, case.schedule.epochs)
+        def tuned(part: str, rate: float, shared: bool = shared) -> Mutant:
+            return case.train(case.halves(shared), part, rate, case.schedule.epochs)
 
-        yield row(f"{name}, fused, trained on", f"segments, {case.data}", tried(tuned))
+        yield row(f"{title}, trained on", f"segments, {case.data}", tried(tuned))
 
 
 def _at_the_start(case: Case) -> Scored:

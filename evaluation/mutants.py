@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,26 @@ from metamerge.weights import Weights, stack, unstack
 from zoo.architectures import program_of
 from zoo.training import cross_entropy, init_networks, predict, train_networks
 
-Make = Callable[[str, float], Mutant]
+
+@dataclass(frozen=True)
+class Joined:
+    """Members that add up in the last layer and are kept apart before it.
+
+    Attributes:
+        weights: Members ``[k, ...]``.
+        layout: Their architecture.
+    """
+
+    weights: Weights
+    layout: Layout
+
+    def answers(self, inputs: Tensor) -> Tensor:
+        """Mean of the members' logits, ``[b, c]``."""
+        return predict(self.layout.program, self.weights, inputs).mean(0)
+
+
+Made = Mutant | Joined
+Make = Callable[[str, float], Made]
 """A part of the budget and a learning rate -> a network trained with both."""
 
 BATCH = 32  # images per step
@@ -79,8 +99,8 @@ class Case:
         self.layout, self.network, self.seed = bench.layout, network, seed
         self.members = unstack({key: t[0] for key, t in bench.families.items()})
         self.widths = dict(self.layout.spec.groups)  # of one member
-        self._wide: dict[tuple[str, float], tuple[Mutant, float]] = {}
-        self._borrowed = 0.0  # seconds of training that a row shares with one before it
+        self._kept: dict[tuple[Any, ...], tuple[Mutant, float]] = {}
+        self._borrowed = 0.0  # seconds of trainings that a row shares with one before it
 
     @cached_property
     def start(self) -> Mutant:
@@ -92,8 +112,7 @@ class Case:
         """Largest difference between its logits and the mean of the members', on the images."""
         inputs = self.budget.everything[0]
         each = family_logits(self.layout.program, self.bench.families, inputs)[0]
-        whole = predict(self.start.layout.program, stack([self.start.weights]), inputs)[0]
-        return float((whole - each.mean(0)).abs().max())
+        return float((self.start.answers(inputs) - each.mean(0)).abs().max())
 
     # ------------------------------------------------------------------------------- training
 
@@ -125,7 +144,7 @@ class Case:
         ).weights
         return Mutant(unstack(trained)[0], mutant.layout)
 
-    def chosen(self, make: Make) -> Mutant:
+    def chosen(self, make: Make) -> Made:
         """Make it with the learning rate that serves the validation images best, on all images."""
         rates = self.schedule.rates
         best = rates[0] if len(rates) == 1 else max(rates, key=partial(self._validated, make))
@@ -133,22 +152,23 @@ class Case:
 
     def _validated(self, make: Make, rate: float) -> float:
         inputs, targets = self.budget.validation
-        return float(self._accuracy(make("objective", rate), inputs, targets))
+        return float(accuracy(make("objective", rate).answers(inputs), targets))
 
-    def _accuracy(self, mutant: Mutant, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = predict(mutant.layout.program, stack([mutant.weights]), inputs)
-        return accuracy(logits, targets)[0]
-
-    def trained_on(self, part: str, rate: float) -> Mutant:
-        """The mutant after its training at full width; several rows go on from it."""
-        if (part, rate) in self._wide:
-            mutant, seconds = self._wide[part, rate]
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Mutant]) -> Mutant:
+        """What several rows go on from is trained once, and its seconds count for each."""
+        if key in self._kept:
+            mutant, seconds = self._kept[key]
             self._borrowed += seconds
             return mutant
         clock = time.perf_counter()
-        mutant = self.train(self.start, part, rate, self.schedule.wide_epochs)
-        self._wide[part, rate] = mutant, time.perf_counter() - clock
+        mutant = make()
+        self._kept[key] = mutant, time.perf_counter() - clock
         return mutant
+
+    def trained_on(self, part: str, rate: float) -> Mutant:
+        """The mutant after its training at full width."""
+        make = partial(self.train, self.start, part, rate, self.schedule.wide_epochs)
+        return self._once(("wide", part, rate), make)
 
     # ------------------------------------------------------------------------------- pruning
 
@@ -197,7 +217,7 @@ class Case:
 
     # ------------------------------------------------------------------------------- last layer
 
-    def joined(self, frozen: bool, part: str, rate: float) -> Weights:
+    def joined(self, frozen: bool, part: str, rate: float) -> Joined:
         """Members that share nothing but their last layer, which adds up what each contributes.
 
         Args:
@@ -206,12 +226,12 @@ class Case:
             rate: Learning rate.
 
         Returns:
-            Members ``[k, ...]``; the mean of their logits is what the joined network puts out.
+            The members.
         """
         last = {k for one in self.layout.producers(OUTPUTS) for k in (one.weight, one.bias) if k}
         floats = {k for k, t in self.members[0].items() if t.is_floating_point()}
         count = len(self.members)
-        return train_networks(
+        weights = train_networks(
             self.layout.program,
             stack(self.members),
             *self.budget.everything,
@@ -224,30 +244,31 @@ class Case:
             frozen=(*self.budget.frozen, *(floats - last if frozen else ())),
             chunk=count,
         ).weights
-
-    def joined_mutant(self, frozen: bool, part: str, rate: float) -> Mutant:
-        """The same as one network."""
-        return fused(unstack(self.joined(frozen, part, rate)), self.layout)
+        return Joined(weights, self.layout)
 
     # ------------------------------------------------------------------------------- halves
 
-    def halves(self, rows: Sequence[Tensor]) -> Mutant:
+    def halves(self, shared: bool) -> Mutant:
         """Two networks of half the width, trained apart on segments, fused to full width.
 
         Args:
-            rows: Rows of the task for each.
+            shared: Whether both see all of the family's rows; otherwise each sees a half of them.
 
         Returns:
             A network with a member's widths.
         """
-        half = partial(self.network, 0.5)
+        return self._once(("halves", shared), partial(self._halves, shared))
+
+    def _halves(self, shared: bool) -> Mutant:
+        half, rows = partial(self.network, 0.5), self.bench.judged.segments[0]
         layout, task = self._layout(half()), self.bench.judged.split.task
+        mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
         trained = train_networks(
             layout.program,
             init_networks(half, [self.fresh, self.fresh + 1]),
             task.inputs,
             task.targets,
-            rows,
+            [rows, rows] if shared else [rows[own] for own in mixed.chunk(2)],
             seed=self.seed,
             frozen=self.budget.frozen,
             **self.bench.judged.recipe,
@@ -258,12 +279,6 @@ class Case:
     def fresh(self) -> int:
         """Seed of a fresh network that no other family has."""
         return SCRATCH_SEED + SPREAD * self.bench.first
-
-    def halved_rows(self) -> list[Tensor]:
-        """The family's rows, dealt to two."""
-        rows = self.bench.judged.segments[0]
-        mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
-        return [rows[own] for own in mixed.chunk(2)]
 
     # ------------------------------------------------------------------------------- rivals
 
@@ -296,7 +311,7 @@ class Case:
 
     # ------------------------------------------------------------------------------- scoring
 
-    def scored(self, name: str, data: str, make: Callable[[], Mutant], *, control: bool) -> Scored:
+    def scored(self, name: str, data: str, make: Callable[[], Made], *, control: bool) -> Scored:
         """Make a network and score it on test images.
 
         Args:
@@ -310,11 +325,12 @@ class Case:
         """
         clock, self._borrowed = time.perf_counter(), 0.0
         with self.bench.judged.split.training():  # test images are for the score alone
-            mutant = make()
+            made = make()
         seconds = time.perf_counter() - clock + self._borrowed
-        found = self._accuracy(mutant, *self.bench.judged.split.images("test"))[None]
-        parameters = sum(t.numel() for t in mutant.weights.values() if t.is_floating_point())
-        return Scored(name, self.bench.members, data, found, seconds, parameters, control)
+        inputs, targets = self.bench.judged.split.images("test")
+        found = accuracy(made.answers(inputs), targets)[None]
+        sizes = (t.numel() for t in made.weights.values() if t.is_floating_point())
+        return Scored(name, self.bench.members, data, found, seconds, sum(sizes), control)
 
 
 def operations(layout: Layout) -> int:

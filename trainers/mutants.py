@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from evaluation.bench import Bench
+from evaluation.compare import terminal
 from evaluation.competitors import drawn_images
 from evaluation.contestants import Contestant, read_contestants
 from evaluation.judged import Judged, zoo_families
 from evaluation.methods.ledger import Ledger
 from evaluation.metrics import common_task
-from evaluation.mutant_rows import all_rows, joined
+from evaluation.mutant_rows import all_rows, joined, mutant_rows
 from evaluation.mutants import Case, Schedule
 from evaluation.plots import leaderboard_figure
 from evaluation.report import Scored, write_leaderboard
@@ -39,7 +40,8 @@ from zoo.options import parse
 from zoo.recipe import ZooOptions, factory_for, options_from
 from zoo.store import Zoo, load_zoo
 
-PLACES = ("out", "tracking", "experiment", "families")  # options that do not shape a family's rows
+PLACES = ("zoo", "merger", "out", "families", "controls", "tracking", "experiment")
+"""Options that do not shape the rows of a family."""
 GAP = "largest difference between the mutant and its ensemble"
 
 
@@ -58,6 +60,7 @@ class MutantOptions:
     scratch_epochs: float = 60.0  # passes of a fresh network of the mutant's width; 0: none
     rounds: int = 3  # steps in which a mutant that is pruned on the way gets narrow
     rates: tuple[float, ...] = (1e-3, 3e-3)  # learning rates to choose from
+    controls: bool = True  # compare with merging and everything that is no mutant, too
     seed: int = 0  # seed of images, orders and inits
     tracking: bool = True  # log to MLflow
     experiment: str = "metamerge"  # name of the MLflow experiment
@@ -126,8 +129,9 @@ def family_rows(
 ) -> list[dict[str, Any]]:
     """Every row of one family: those that are finished from its ledger, the others made now."""
     ledger = _ledger(options, case)
+    rows = all_rows(case, contestants) if options.controls else mutant_rows(case)
     found = []
-    for row in all_rows(case, contestants):
+    for row in rows:
         advance(f"family {case.bench.first}: {row.method}")
         key = f"{row.method}; {row.data}; {row.code}"
         if key not in ledger:
@@ -139,7 +143,7 @@ def family_rows(
 
 
 def _ledger(options: MutantOptions, case: Case) -> Ledger:
-    shaping = {k: v for k, v in asdict(options).items() if k not in (*PLACES, "zoo", "merger")}
+    shaping = {k: v for k, v in asdict(options).items() if k not in PLACES}
     path = Path(options.out) / "families" / f"{case.bench.first}.jsonl"
     return Ledger(path, {**shaping, "judged": case.bench.judged.identity})
 
@@ -177,12 +181,12 @@ def print_table(console: Console, scored: Sequence[Scored], gap: float) -> None:
     )
     for name in ("method", "images"):
         table.add_column(name, no_wrap=True)
-    for name in ("%", "worst", "parameters", "s"):
+    for name in ("%", "parameters", "s"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in scored:
         row = one.row()
-        mean, spread, worst = (100 * row[f"accuracy_{k}"] for k in ("mean", "std", "worst"))
-        numbers = (f"{mean:.1f} ± {spread:.1f}", f"{worst:.1f}", f"{one.parameters:,}")
+        mean, spread = (100 * row[f"accuracy_{k}"] for k in ("mean", "std"))
+        numbers = (f"{mean:.1f} ± {spread:.1f}", f"{one.parameters:,}")
         style = "italic" if one.control else None
         table.add_row(one.method, one.data, *numbers, f"{one.seconds:.1f}", style=style)
     console.print(table)
@@ -215,7 +219,7 @@ def main() -> None:
 
 def train(options: MutantOptions, accelerator: Accelerator) -> None:
     """All families of all processes, then the table."""
-    console = Console(quiet=not accelerator.is_main_process)
+    console = terminal() if accelerator.is_main_process else Console(quiet=True)
     zoo, judged = open_families(options, console)
     contestants = read_contestants(options.merger) if options.merger else []
     tracking = track(
@@ -231,9 +235,8 @@ def train(options: MutantOptions, accelerator: Accelerator) -> None:
                 family_rows(options, made(family), contestants, advance)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:  # every row is in a ledger by now
-            quiet = lambda _: None  # noqa: E731
             families = [
-                family_rows(options, made(family), contestants, quiet)
+                family_rows(options, made(family), contestants, lambda _: None)
                 for family in range(len(judged))
             ]
             print_table(console, *finish(options, zoo, families, tracked))
@@ -242,13 +245,15 @@ def train(options: MutantOptions, accelerator: Accelerator) -> None:
 
 @contextmanager
 def progress_bar(console: Console, families: int) -> Iterator[Callable[[str], None]]:
-    """A bar over rows; the call that is yielded says what is made next."""
-    columns = (TextColumn("{task.description:.70}"), BarColumn(), MofNCompleteColumn())
+    """What is made at the moment; the call that is yielded says what comes next."""
+    columns = (SpinnerColumn(), TextColumn("{task.completed} rows,"), TimeElapsedColumn())
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=console.quiet
+        *columns, TextColumn("{task.description}"), console=console, disable=console.quiet
     ) as bar:
         task = bar.add_task("mutants", total=None, completed=-1)
-        yield lambda what: bar.update(task, advance=1, description=what)
+        yield lambda what: bar.update(
+            task, advance=1, description=what.replace("family", f"of {families} families, number")
+        )
 
 
 if __name__ == "__main__":

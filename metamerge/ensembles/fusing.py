@@ -21,6 +21,7 @@ from metamerge.structure.program import Node
 from metamerge.structure.resizing import places, resized, wide_length
 from metamerge.weights import Weights
 
+_AT_ONCE = 256  # inputs: feature maps of all members have to fit into memory
 _CLOSE = 1e-9  # relative, in float64: sums in another order
 
 
@@ -35,6 +36,12 @@ class Mutant:
 
     weights: Weights
     layout: Layout
+
+    def answers(self, inputs: Tensor) -> Tensor:
+        """What it puts out, without gradients and some inputs at a time, ``[b, ...]``."""
+        with torch.no_grad():
+            parts = [run(self.layout.program, self.weights, [x]) for x in inputs.split(_AT_ONCE)]
+        return torch.cat(parts)
 
 
 def fused(weights: Sequence[Weights], layout: Layout) -> Mutant:
