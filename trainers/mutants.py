@@ -40,7 +40,7 @@ from zoo.options import parse
 from zoo.recipe import ZooOptions, factory_for, options_from
 from zoo.store import Zoo, load_zoo
 
-PLACES = ("zoo", "merger", "out", "families", "controls", "tracking", "experiment")
+PLACES = ("zoo", "merger", "out", "families", "controls", "rows", "tracking", "experiment")
 """Options that do not shape the rows of a family."""
 GAP = "largest difference between the mutant and its ensemble"
 
@@ -61,6 +61,7 @@ class MutantOptions:
     rounds: int = 3  # steps in which a mutant that is pruned on the way gets narrow
     rates: tuple[float, ...] = (1e-3, 3e-3)  # learning rates to choose from
     controls: bool = True  # compare with merging and everything that is no mutant, too
+    rows: tuple[str, ...] = ()  # parts of the names of rows that are made; all of them if not given
     seed: int = 0  # seed of images, orders and inits
     tracking: bool = True  # log to MLflow
     experiment: str = "metamerge"  # name of the MLflow experiment
@@ -129,9 +130,13 @@ def family_rows(
 ) -> list[dict[str, Any]]:
     """Every row of one family: those that are finished from its ledger, the others made now."""
     ledger = _ledger(options, case)
-    rows = all_rows(case, contestants) if options.controls else mutant_rows(case)
-    found = []
-    for row in rows:
+    rows = list(all_rows(case, contestants) if options.controls else mutant_rows(case))
+    found, wanted = [], options.rows or ("",)
+    if not any(part in row.method for part in wanted for row in rows):
+        raise ConfigError(
+            f"rows: none has {wanted} in its name; there are {[r.method for r in rows]}."
+        )
+    for row in (row for row in rows if any(part in row.method for part in wanted)):
         advance(f"family {case.bench.first}: {row.method}")
         key = f"{row.method}; {row.data}; {row.code}"
         if key not in ledger:
