@@ -113,8 +113,12 @@ def pruned(mutant: Mutant, widths: Mapping[str, int], saliency: Saliency) -> Mut
                 f"saliency: nothing is known of {group!r}, which no layer reads or makes alone. "
                 "Leave it out of widths."
             )
-    first = {g: _kept_first(saliency[g], width) for g, width in widths.items()}
-    weights = narrowed(spec.permute(mutant.weights, first), spec, widths)
+    weights = mutant.weights
+    for group in reversed(spec.order):  # what is nested goes first, while its blocks are in place
+        if group in widths:
+            first = _kept_first(saliency[group], widths[group])
+            weights = spec.permute(weights, {group: first})
+    weights = narrowed(weights, spec, widths)
     program = resized(mutant.layout.program, spec, widths)
     return Mutant(weights, Layout(program, discover_program(program)))
 
