@@ -31,7 +31,7 @@ from evaluation.methods.ledger import Ledger
 from evaluation.metrics import common_task
 from evaluation.mutant_rows import all_rows, joined, mutant_rows
 from evaluation.mutants import Case, Schedule
-from evaluation.plots import leaderboard_figure
+from evaluation.pictures.mutants import mutants_figure
 from evaluation.report import Scored, write_leaderboard
 from evaluation.tracking import track
 from metamerge.errors import ConfigError, MetaMergeError
@@ -164,9 +164,8 @@ def finish(
     out, rows = Path(options.out), [row.row() for row in scored]
     meta = {"options": asdict(options), "task": zoo.manifest["task"], "zoo": zoo.digest, "gap": gap}
     write_leaderboard(out, rows, meta)
-    labelled = [{**one.row(), "method": one.label} for one in scored]
     title = f"{zoo.manifest['task']['name']}: mutants, and what else the same images make"
-    leaderboard_figure(labelled, title=title).savefig(out / "leaderboard.png", dpi=150)
+    mutants_figure(rows, title=title).savefig(out / "leaderboard.png", dpi=150)
     for row in rows:
         named = {k: row[k] for k in ("method", "members", "data", "control")}
         numbers = {k: row[k] for k in row if k not in named}
