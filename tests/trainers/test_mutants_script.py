@@ -34,7 +34,7 @@ def zoo(place):
     return build(
         ZooOptions(
             out=str(place / "zoo"),
-            widths=(8, 6),
+            widths=(8,),
             segment_size=150,
             members=(3,),
             train_families=1,
@@ -82,6 +82,7 @@ def test_a_run_leaves_a_table_a_picture_and_a_run_per_row(whole, place):
 
 def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(whole, zoo, place):
     arguments = ("--zoo", str(zoo.folder), "--out", str(place / "killed"), *SMALL, "--no-tracking")
+    arguments = (*arguments, "--rows", "mutant", "joined")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     for name in ("OMP_NUM_THREADS", "WORLD_SIZE"):
         environment.pop(name, None)
@@ -112,7 +113,9 @@ def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(whole, z
     assert done.stdout.count("leaderboard.json") == 1  # one of the two speaks
     lines = kept.splitlines()[:4]
     assert ledger.read_text().splitlines()[:4] == lines  # finished rows were not made again
-    assert scores(place / "killed") == scores(whole)
+    found, expected = scores(place / "killed"), scores(whole)
+    assert found == {row: expected[row] for row in found}
+    assert len(found) == 10
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,7 @@ def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(whole, z
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--epochs", "0"], "epochs: expected more than 0, got 0"),
         (["--rates", "0"], "expected learning rates above 0"),
+        (["--members", "-1"], "members: expected at least 0, got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -138,6 +142,14 @@ def test_families_of_a_size_that_the_zoo_lacks_are_refused(monkeypatch, capsys, 
         command(monkeypatch, "--zoo", str(zoo.folder), "--members", "5", "--no-tracking")
     assert caught.value.code == 2
     assert "has families of (3,), got 5" in capsys.readouterr().err
+
+
+def test_rows_that_there_are_not_are_refused(monkeypatch, capsys, zoo, tmp_path):
+    arguments = ("--zoo", str(zoo.folder), "--out", str(tmp_path), *SMALL, "--no-tracking")
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, *arguments, "--rows", "mutent")
+    assert caught.value.code == 2
+    assert "rows: none has ('mutent',) in its name" in capsys.readouterr().err
 
 
 def test_the_schedule_is_that_of_the_options():
