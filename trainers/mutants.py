@@ -26,7 +26,7 @@ from evaluation.bench import Bench
 from evaluation.compare import terminal
 from evaluation.competitors import drawn_images
 from evaluation.contestants import Contestant, read_contestants
-from evaluation.judged import Judged, zoo_families
+from evaluation.judged import Judged, open_zoo, zoo_families
 from evaluation.methods.ledger import Ledger
 from evaluation.metrics import common_task
 from evaluation.mutant_rows import all_rows, joined, mutant_rows
@@ -38,7 +38,7 @@ from metamerge.errors import ConfigError, MetaMergeError
 from zoo.build import build_with_progress
 from zoo.options import parse
 from zoo.recipe import ZooOptions, factory_for, options_from
-from zoo.store import Zoo, load_zoo
+from zoo.store import Zoo
 
 PLACES = ("zoo", "merger", "out", "families", "controls", "rows", "tracking", "experiment")
 """Options that do not shape the rows of a family."""
@@ -94,10 +94,14 @@ class MutantOptions:
 # data
 
 
-def open_families(options: MutantOptions, console: Console) -> tuple[Zoo, Judged]:
-    """The zoo and its test families."""
-    found = options.zoo
-    zoo = load_zoo(found) if found else build_with_progress(ZooOptions(), console, PartialState())
+def open_families(
+    options: MutantOptions, contestants: Sequence[Contestant], console: Console
+) -> tuple[Zoo, Judged]:
+    """The zoo, whose test images no merger may know, and its test families."""
+    folder = options.zoo
+    if folder is None:
+        folder = str(build_with_progress(ZooOptions(), console, PartialState()).folder)
+    zoo = open_zoo(folder, contestants, console)
     members = options.members or max(zoo.sizes)
     if members not in zoo.sizes:
         raise ConfigError(f"members: {zoo.folder} has families of {zoo.sizes}, got {members}.")
@@ -224,8 +228,8 @@ def main() -> None:
 def train(options: MutantOptions, accelerator: Accelerator) -> None:
     """All families of all processes, then the table."""
     console = terminal() if accelerator.is_main_process else Console(quiet=True)
-    zoo, judged = open_families(options, console)
     contestants = read_contestants(options.merger) if options.merger else []
+    zoo, judged = open_families(options, contestants, console)
     tracking = track(
         f"mutants {options.out}",
         options={**asdict(options), "zoo_digest": zoo.digest},

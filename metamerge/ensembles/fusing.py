@@ -134,4 +134,5 @@ def _check(weights: Sequence[Weights], narrow: Program, found: Weights, program:
 
 
 def _double(weights: Weights) -> Weights:
-    return {k: t.detach().double() if t.is_floating_point() else t for k, t in weights.items()}
+    own = {key: tensor.detach().cpu() for key, tensor in weights.items()}
+    return {k: t.double() if t.is_floating_point() else t for k, t in own.items()}

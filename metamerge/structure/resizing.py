@@ -5,7 +5,7 @@ convolution. All of them follow from what the axes of values carry, so a network
 narrowed without the code that made it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -21,6 +21,7 @@ from metamerge.structure.lockstep import run
 from metamerge.structure.program import Node, Program, operator
 from metamerge.structure.spec import PermutationSpec
 from metamerge.structure.walk import Walk
+from metamerge.weights import Weights
 
 Widths = Mapping[str, int]
 """Group -> number of units; a group that is left out keeps its own."""
@@ -92,7 +93,7 @@ def wide_length(axis: AxisSpec, widths: Widths) -> int:
     )
 
 
-def narrowed(weights: Mapping[str, Tensor], spec: PermutationSpec, widths: Widths) -> dict:
+def narrowed(weights: Weights, spec: PermutationSpec, widths: Widths) -> Weights:
     """The first units of every group, cut out of all axes that carry it.
 
     Args:
@@ -304,17 +305,12 @@ _SIZED: dict[str, Callable[[_Sizing, Node], Node]] = {
 
 def _check(program: Program) -> None:
     """Run the new program without numbers: a size that was not followed does not fit."""
-    shapes: Sequence[tuple[str, str]] = list(program.parameters.items())
+    told = program.indices or program.examples or program.constants
+    home = "cpu" if told else "meta"  # without values there is nothing to be computed
     weights = {
-        key: program.indices.get(key, torch.zeros(program.shape(value), device="meta"))
-        for value, key in shapes
+        key: program.indices.get(key, torch.zeros(program.shape(value), device=home))
+        for value, key in program.parameters.items()
     }
-    if any(key in program.indices for _, key in shapes) or program.examples or program.constants:
-        weights = {
-            key: program.indices.get(key, torch.zeros(program.shape(value)))
-            for value, key in shapes
-        }
-    home = next(iter(weights.values())).device if weights else "cpu"
     inputs = [
         program.examples.get(name, torch.zeros(program.shape(name), device=home))
         for name in program.inputs

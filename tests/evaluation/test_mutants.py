@@ -10,9 +10,10 @@ from evaluation.competitors import drawn_images
 from evaluation.judged import Judged
 from evaluation.metrics import family_logits
 from evaluation.mutant_rows import START, all_rows, joined, mutant_rows
-from evaluation.mutants import Case, Schedule, operations
+from evaluation.mutants import Case, Schedule, _together, operations
 from evaluation.report import Scored
-from metamerge.structure import Layout, discover_program
+from metamerge.errors import ZooError
+from metamerge.structure import Layout, discover_program, run
 from zoo import architectures
 
 
@@ -78,9 +79,6 @@ def test_joined_members_are_trained_as_the_network_that_they_make(case):
     """One step of plain gradient: that of the mean of all logits, each member its share."""
     weights = {k: t[0].clone().requires_grad_() for k, t in case.bench.families.items()}
     inputs, targets = (t[case.budget.rows("objective")][:7] for t in case.budget.everything)
-    from evaluation.mutants import _together
-    from metamerge.structure import run
-
     logits = run(case.layout.program, weights, [inputs], stacked=True)
     found = torch.autograd.grad(
         _together(logits, targets.expand(4, -1)).sum(), list(weights.values()), retain_graph=True
@@ -113,8 +111,6 @@ def test_a_training_that_rows_share_counts_for_each_and_is_made_once(case, monke
 
 
 def test_test_images_are_refused_while_networks_are_made(case):
-    from metamerge.errors import ZooError
-
     def peek():
         return case.bench.judged.split.images("test")
 
