@@ -30,10 +30,12 @@ class Bench:
     Args:
         judged: The families.
         seed: Seed of everything random.
+        first: Number of the first family, where they are some of many.
     """
 
-    def __init__(self, judged: Judged, seed: int) -> None:
+    def __init__(self, judged: Judged, seed: int, first: int = 0) -> None:
         self.judged, self.seed, self.layout = judged, seed, judged.layout
+        self.first = first
         self.members, self.count = judged.members, len(judged)
         self.budget = judged.budget
         self.families = self.in_task(judged.families)

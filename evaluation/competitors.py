@@ -296,5 +296,5 @@ def _ceiling(bench: Bench) -> Any:
 
 def _seeds(bench: Bench) -> list[int]:
     """Seeds of inits that no member has."""
-    first = SCRATCH_SEED + 2**32 * bench.seed
+    first = SCRATCH_SEED + 2**32 * bench.seed + bench.first
     return [first + family for family in range(bench.count)]

@@ -1,7 +1,7 @@
 """Who is judged: families that no merger was trained on, and the images that are theirs to use."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -60,6 +60,17 @@ class Judged:
     identity: Mapping[str, Any]
     bases: Weights | None = None
     note: str = ""
+
+    def alone(self, family: int) -> "Judged":
+        """One of the families."""
+        own = slice(family, family + 1)
+        return replace(
+            self,
+            families={key: tensor[own] for key, tensor in self.families.items()},
+            classes=None if self.classes is None else self.classes[own],
+            segments=None if self.segments is None else self.segments[own],
+            identity={**self.identity, "families": 1, "family": family},
+        )
 
     @property
     def members(self) -> int:

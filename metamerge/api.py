@@ -27,6 +27,7 @@ from metamerge.network import Data, Given, carried_program, find_network
 from metamerge.registry import Alignment, MergeMethod, get_correction, get_method
 from metamerge.sources import choose_device, read_base, read_members, read_merger
 from metamerge.structure import Inputs, Layout, PermutationSpec, Program
+from metamerge.structure.rebuilding import rebuilt
 from metamerge.weights import (
     Weights,
     check_finite,
@@ -56,7 +57,8 @@ class Merged:
         """A copy of a module that carries the fused weights.
 
         Args:
-            model: A module of the members' architecture; it is not changed.
+            model: A module of the members' architecture; it is not changed. Its widths may be
+                others where the program is known.
 
         Returns:
             The copy.
@@ -64,6 +66,10 @@ class Merged:
         Raises:
             IncompatibleWeights: If the weights do not fit the module.
         """
+        own = model.state_dict()
+        same = all(k not in own or own[k].shape == t.shape for k, t in self.weights.items())
+        if self.program is not None and not same:
+            return rebuilt(model, self.program, self.weights)
         module = copy.deepcopy(model)
         try:
             module.load_state_dict(self.weights)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
+from inspect import Parameter, signature
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -185,24 +186,42 @@ class ZooOptions:
         return getattr(self, f"{part}_families")
 
 
-def factory_for(options: ZooOptions, task: Task) -> Callable[[], nn.Module]:
-    """The networks of a zoo.
+def factory_for(options: ZooOptions, task: Task, *, times: float = 1.0) -> Callable[[], nn.Module]:
+    """The networks of a zoo, or networks of another width.
 
     Args:
         options: Of the zoo.
         task: What they learn.
+        times: Their hidden widths, relative to those of the zoo.
 
     Returns:
         Makes a freshly initialised one.
+
+    Raises:
+        ConfigError: If other widths are asked for and the architecture has none to choose.
     """
+    widths = options.widths if times == 1 else _scaled(options, times)
     return partial(
         architectures.build,
         options.architecture,
         tuple(task.inputs.shape[1:]),
         options.classes_per_family or task.outputs,
-        widths=options.widths,
+        widths=widths,
         norm=options.norm,
     )
+
+
+def _scaled(options: ZooOptions, times: float) -> tuple[int, ...]:
+    """Hidden widths times a factor, at least 1."""
+    factory = architectures.factory_of(options.architecture)
+    option = signature(factory).parameters.get("widths")
+    widths = options.widths or (None if option is None else option.default)
+    if not widths or widths is Parameter.empty:
+        raise ConfigError(
+            f"Architecture {options.architecture!r} has no widths to choose. Let its factory take "
+            "them, as widths=(...)."
+        )
+    return tuple(max(1, round(times * width)) for width in widths)
 
 
 def options_from(record: Mapping[str, Any]) -> ZooOptions:
