@@ -35,6 +35,11 @@ class Moments(NamedTuple):
         )
         return cls(first, second, torch.zeros(len(next(iter(weights.values()))), dtype=torch.long))
 
+    def only(self, numbers: Sequence[int] | Tensor) -> "Moments":
+        """Those of some networks, copied."""
+        first, second = ({k: t[numbers] for k, t in kept.items()} for kept in self[:2])
+        return Moments(first, second, self.steps[numbers])
+
 
 class AdamW:
     """AdamW as ``torch.optim.AdamW`` has it, in place on tensors ``[n, ...]``.

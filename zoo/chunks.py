@@ -91,7 +91,8 @@ class Chunk:
         )
         self.orders = _orders(job, networks).to(self.device)  # [a, steps * b]
         self.uses = _counters(job.program, self.weights)
-        self.optimizer = AdamW(self._trained(), job.decay[networks], self._moments())
+        moments = job.moments and job.moments.only(networks)
+        self.optimizer = AdamW(self._trained(), job.decay[networks], moments)
         self.best = torch.full((len(networks),), torch.inf)  # smallest loss on rows held back
         self.stale = torch.zeros(len(networks), dtype=torch.long)  # epochs since then
         self.kept = self.steps.clone()  # step that gave the weights to keep
@@ -107,16 +108,6 @@ class Chunk:
             for key in keys
             if key not in fixed and self.weights[key].is_floating_point()
         }
-
-    def _moments(self) -> Moments | None:
-        """What the optimizer remembers of these networks at the start."""
-        if self.job.moments is None:
-            return None
-        first, second = (
-            {key: tensor[self.networks] for key, tensor in kept.items()}
-            for kept in self.job.moments[:2]
-        )
-        return Moments(first, second, self.job.moments.steps[self.networks])
 
     def train(self) -> None:
         """Train all networks of the chunk to their end."""

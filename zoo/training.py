@@ -171,14 +171,8 @@ def _room(weights: Weights, job: Job) -> Trained:
         if job.snapshots
     }
     start = {key: tensor.detach().clone() for key, tensor in weights.items()}
-    return Trained(start, job.steps.clone(), losses, held_back, on_the_way, _copied(job.moments))
-
-
-def _copied(moments: Moments | None) -> Moments | None:
-    if moments is None:
-        return None
-    first, second = ({k: t.clone() for k, t in kept.items()} for kept in moments[:2])
-    return Moments(first, second, moments.steps.clone())
+    moments = job.moments and job.moments.only(torch.arange(len(job.steps)))
+    return Trained(start, job.steps.clone(), losses, held_back, on_the_way, moments)
 
 
 def _chunk_size(program: Program, weights: Weights, inputs: Tensor, batch_size: int) -> int:
