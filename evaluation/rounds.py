@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from evaluation.compare import terminal
 from evaluation.plots import COLOURS
 from metamerge.errors import ConfigError
 from zoo.options import command
 
 MARGIN = 0.01  # accuracy below training on the union that counts as reaching it
+SLACK = 0.03  # share of images by which trainings with as many passes may differ
 SHOWN = 0.15  # accuracy below it at which the picture ends
 
 Row = Mapping[str, Any]
@@ -177,9 +179,12 @@ def print_rounds(console: Console, series: Mapping[str, Sequence[Row]], title: s
         series: Name -> rows of one number of members.
         title: Headline.
     """
-    caption = "Test accuracy in %, mean ± std over seeds; union - 1: first round within a point."
+    caption = (
+        "Test accuracy in %, mean ± std over seeds. union - 1: first round less than a point below "
+        "the end of training on the union; MB until: what was sent until then."
+    )
     table = Table(title=title, caption=caption)
-    for name in ("", "rounds", "accuracy", "union", "union - 1", "MB a round", "MB to union - 1"):
+    for name in ("", "rounds", "accuracy", "union", "union - 1", "MB/round", "MB until"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for name, rows in series.items():
         (own,) = summary(rows)
@@ -229,20 +234,13 @@ def rounds_figure(
         if not union:
             continue
         ceilings.append(float(_last(union, "test").mean()))
-        curve = mean_curve(union, "test")
-        told = tuple(curve.tolist())
-        if told not in drawn:  # series may share it
-            drawn.add(told)
-            label = None if len(drawn) > 1 else "training on the union"
-            left.plot(
-                1 + torch.arange(len(curve)),
-                100 * curve,
-                "--",
-                color="#555555",
-                lw=1.3,
-                label=label,
-            )
-            right.axhline(100 * float(curve[-1]), ls="--", color="#555555", lw=1.3)
+        curve = mean_curve(union, "test").numpy()
+        if tuple(curve) not in drawn:  # series may share it
+            style = {"linestyle": "--", "color": "#555555", "linewidth": 1.3}
+            label = None if drawn else "training on the union"
+            drawn.add(tuple(curve))
+            left.plot(1 + torch.arange(len(curve)), 100 * curve, label=label, **style)
+            right.axhline(100 * curve[-1], **style)
     _dress(left, right, title, ceilings, margin)
     return figure
 
@@ -272,6 +270,29 @@ def _dress(left: Axes, right: Axes, title: str, ceilings: list[float], margin: f
     left.figure.suptitle(title, fontsize=10)
 
 
+def borrow_unions(series: dict[str, list[Row]]) -> None:
+    """Give rows without training on the union that of a row of the same seed and images.
+
+    Args:
+        series: Name -> rows; changed where rows can borrow.
+    """
+    own = [row for rows in series.values() for row in rows if "union" in row]
+    for name, rows in series.items():
+        lenders = [[other for other in own if _same_union(row, other)] for row in rows]
+        if all("union" not in row and found for row, found in zip(rows, lenders, strict=True)):
+            series[name] = [
+                {**row, "union": found[0]["union"]}
+                for row, found in zip(rows, lenders, strict=True)
+            ]
+
+
+def _same_union(row: Row, other: Row) -> bool:
+    """Whether both make as many passes (but for last batches) over as many images."""
+    seen, theirs = (sum(one["curve"]["images"]) for one in (row, other))
+    same = row["seed"] == other["seed"] and row["images"] == other["images"]
+    return same and abs(seen - theirs) <= SLACK * theirs
+
+
 def compared(options: PictureOptions) -> None:
     """Read several trainings, print the table, write the picture.
 
@@ -293,13 +314,14 @@ def compared(options: PictureOptions) -> None:
         for members, rows in by_members(content["rows"]).items():
             several = len({row["members"] for row in content["rows"]}) > 1
             series[f"{name or folder}, K = {members}" if several else name or folder] = rows
+    borrow_unions(series)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     told = {name: summary(rows)[0] for name, rows in series.items()}
     out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
     picture = out.with_suffix(".png")
     rounds_figure(series, title=options.title, margin=options.margin).savefig(picture, dpi=150)
-    console = Console()
+    console = terminal()
     print_rounds(console, series, options.title)
     console.print(f"[bold]rounds[/] {out.with_suffix('.json')}, {picture}")
 

@@ -320,7 +320,8 @@ def train(options: RoundsOptions, accelerator: Accelerator) -> None:
             for file in written:
                 tracked.artifact(file)
             for entry in summary(rows):
-                tracked.child(f"K = {entry['members']}", metrics=entry)
+                known = {name: value for name, value in entry.items() if value is not None}
+                tracked.child(f"K = {entry['members']}", metrics=known)
     accelerator.wait_for_everyone()
 
 
