@@ -5,14 +5,12 @@ Every round each member trains on its own segment, all members are merged by any
 it one network is trained on the union of the segments, with as many passes over the images.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,8 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from evaluation.methods.ledger import Ledger
-from evaluation.metrics import accuracy
 from evaluation.rounds import by_members, print_rounds, summary, write_rounds
 from evaluation.tracking import Run, track
 from metamerge.api import merge
@@ -31,29 +27,20 @@ from metamerge.checkpoints import Checkpoint, save_checkpoint
 from metamerge.errors import ConfigError
 from metamerge.outer import OUTER, Position, averaging
 from metamerge.registry import get_method
-from metamerge.structure import Layout, discover_program
 from metamerge.weights import Weights, unstack
+from trainers.ground import Course, Ground
 from trainers.launching import launched
 from trainers.learners import Learners, Stint, distances, work
 from trainers.resume import load_state, save_state
 from trainers.sharing import agreed, everyone, own_members
 from trainers.standing import Standing
 from zoo.adam import Moments
-from zoo.architectures import frozen
-from zoo.augmentation import Augmentation
-from zoo.build import cut_task
-from zoo.families import draw_families
 from zoo.options import parse
-from zoo.parts import TaskSplit
-from zoo.recipe import ZooOptions, factory_for
-from zoo.reference import features_for
-from zoo.trainable import check_trainable
-from zoo.training import init_networks, predict
+from zoo.recipe import ZooOptions
 
 PLACES = ("out", "tracking", "experiment", "save_every")  # options that do not shape the result
 JUDGED = ("validation", "test")  # numbers of every round that go to MLflow
 SCHEDULES = ("linear", "constant", "round")
-UNION = 2**61  # inits of networks that are trained on the union lie beyond those of members
 
 
 @dataclass(frozen=True)
@@ -126,14 +113,15 @@ class RoundsOptions:
         if self.correct and not self.images:
             raise ConfigError(f"correct: {' '.join(self.correct)} needs inputs: give --images.")
         get_method(self.method)
-        self.zoo(2)
+        _ = self.zoo  # refuses what makes no sense to it
 
-    def zoo(self, members: int) -> ZooOptions:
+    @property
+    def zoo(self) -> ZooOptions:
         """What a zoo of such segments and networks would be built by; it checks what is shared."""
         names = ("task", "data", "objective", "architecture", "widths", "split", "segment_size")
         names = (*names, "init", "augment", "batch_size", "weight_decay", "seed")
         same = {name: getattr(self, name) for name in names}
-        return ZooOptions(**same, alpha=self.alpha, epochs=self.epochs, members=(members,))
+        return ZooOptions(**same, alpha=self.alpha, epochs=self.epochs, members=self.members)
 
     @property
     def alignment(self) -> str | list[str] | None:
@@ -176,88 +164,6 @@ class RoundsOptions:
         return Stint(number, self.passes(number), lr * ends[0], lr * ends[1], self.divergence)
 
 
-@dataclass(frozen=True)
-class Course:
-    """One training: members on ``members`` segments, or, with ``passes``, one on their union."""
-
-    members: int
-    seed: int
-    lr: float
-    passes: tuple[float, ...] = ()  # of every round over the union
-
-    @property
-    def name(self) -> str:
-        """Of its folder and of its row in the ledger."""
-        told = f"k{self.members}-seed{self.seed}-lr{self.lr:g}"
-        mark = sha256(json.dumps(self.passes).encode()).hexdigest()[:8]
-        return f"union-{told}-{mark}" if self.passes else told
-
-
-# ----------------------------------------------------------------------------------------------
-# data
-
-
-class Ground:
-    """The task, the architecture, and the images that merges and judges may use."""
-
-    def __init__(self, options: RoundsOptions, device: torch.device) -> None:
-        self.options, self.device = options, device
-        self.split: TaskSplit = cut_task(options.zoo(2))
-        task = self.split.task
-        if task.regression:
-            raise ConfigError(f"task: {task.name!r} has no classes; rounds are judged by accuracy.")
-        self.factory = factory_for(options.zoo(2), task)
-        shape = tuple(task.inputs.shape[1:])
-        self.program = check_trainable(self.factory(), shape, task.outputs, options.architecture)
-        self.inputs, self.targets = task.inputs.to(device), task.targets.to(device)
-
-    def segments(self, course: Course) -> tuple[Learners, Weights]:
-        """Segments of a training, and where its members start, ``[m, ...]``."""
-        options = self.options.zoo(course.members)
-        given = features_for(options, self.split)
-        place = ("train", course.members)
-        drawn = draw_families(options, self.split, place, [course.seed], given)
-        settings = {
-            "batch_size": options.batch_size,
-            "weight_decay": options.weight_decay,
-            "frozen": frozen(self.factory()),
-        }
-        learners = Learners(
-            self.program,
-            self.inputs,
-            self.targets,
-            drawn.segments,
-            drawn.order_seeds,
-            Augmentation.parse(options.augment),
-            settings,
-        )
-        if not course.passes:
-            return learners, init_networks(self.factory, drawn.init_seeds)
-        seed = UNION + course.seed
-        return learners.together(seed), init_networks(self.factory, [seed])
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Weight graph of the architecture."""
-        return Layout(self.program, discover_program(self.program))
-
-    @cached_property
-    def calibration(self) -> Tensor | tuple[Tensor, Tensor] | None:
-        """Objective images that merges may use."""
-        inputs, targets = self.split.images("objective")
-        generator = torch.Generator().manual_seed(self.options.seed)
-        rows = torch.randperm(len(inputs), generator=generator)[: self.options.images]
-        if not len(rows):
-            return None
-        return (inputs[rows], targets[rows]) if self.options.labels else inputs[rows]
-
-    def accuracy(self, weights: Weights, part: str) -> Tensor:
-        """Accuracy of networks ``[n, ...]`` on the images of a part, ``[n]``."""
-        inputs, targets = (tensor.to(self.device) for tensor in self.split.images(part))
-        there = {key: tensor.to(self.device) for key, tensor in weights.items()}
-        return accuracy(predict(self.program, there, inputs), targets).cpu()
-
-
 # ----------------------------------------------------------------------------------------------
 # training
 
@@ -269,10 +175,23 @@ def main() -> None:
         train(options, accelerator)
 
 
+@dataclass(frozen=True, eq=False)
+class Common:
+    """What all courses of one command share."""
+
+    options: RoundsOptions
+    ground: Ground
+    batches: Any  # objective images that merges may use
+    digest: str  # of everything that shapes the results
+    accelerator: Accelerator
+    tracked: Run
+    advance: Callable[[int, Mapping[str, float]], None]  # the bar
+
+
 def train(options: RoundsOptions, accelerator: Accelerator) -> None:
     """All courses, finished ones from the ledger; then table, picture and files."""
     console = Console(quiet=not accelerator.is_main_process)
-    ground = Ground(options, accelerator.device)
+    ground = Ground(options.zoo, accelerator.device)
     shaping = {k: v for k, v in asdict(options).items() if k not in PLACES}
     shaping |= {"digest": ground.split.task.digest}
     ledger = Ledger(options.states / "rows.jsonl", shaping)
@@ -294,10 +213,12 @@ def train(options: RoundsOptions, accelerator: Accelerator) -> None:
     with tracking as tracked, progress_bar(console, total) as advance:
         if tracked.id:
             ledger.add("run", {"id": tracked.id})
+        batches = ground.calibration(options.images, labels=options.labels)
+        common = Common(options, ground, batches, ledger.digest, accelerator, tracked, advance)
 
         def row_of(course: Course) -> dict[str, Any]:
             known = ledger.rows.get(course.name)
-            row = known or run_course(ground, course, ledger.digest, tracked, advance, accelerator)
+            row = known or run_course(common, course)
             if known:
                 advance(options.rounds, {})
             elif accelerator.is_main_process:
@@ -325,27 +246,20 @@ def train(options: RoundsOptions, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def run_course(
-    ground: Ground,
-    course: Course,
-    digest: str,
-    tracked: Run,
-    advance: Any,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
+def run_course(common: Common, course: Course) -> dict[str, Any]:
     """The loop: rounds until the threshold is reached, or all of them are made."""
-    options = ground.options
+    options, ground, accelerator = common.options, common.ground, common.accelerator
     learners, start = ground.segments(course)
-    states, mark = options.states / course.name, f"{digest}/{course.name}"
+    states, mark = options.states / course.name, f"{common.digest}/{course.name}"
     standing = Standing(start, shared=options.init == "shared" or bool(course.passes))
     standing.restore(load_state(states, mark))
     accelerator.wait_for_everyone()  # nobody saves a state before everybody has read the last
-    advance(standing.rounds, {})
+    common.advance(standing.rounds, {})
     rounds = len(course.passes) or options.rounds
     clock = time.perf_counter() - standing.seconds
     while standing.rounds < rounds and not standing.stopped:
         with ground.split.training():
-            told = play_round(ground, course, learners, standing, accelerator)
+            told = play_round(common, course, learners, standing)
         if accelerator.is_main_process:  # a report: nothing depends on it
             told["test"] = float(ground.accuracy(one_network(standing.position.centre), "test"))
         standing.note(told, 0.0 if course.passes else options.threshold)
@@ -354,9 +268,9 @@ def run_course(
         if accelerator.is_main_process and (over or standing.rounds % options.save_every == 0):
             save_state(states, standing.rounds, *standing.snapshot(mark))
         told = {f"{course.name}/{part}": told[part] for part in JUDGED if part in told}
-        tracked.metrics(told, step=standing.rounds)
-        advance(1, told)
-    advance(options.rounds - standing.rounds, {})
+        common.tracked.metrics(told, step=standing.rounds)
+        common.advance(1, told)
+    common.advance(options.rounds - standing.rounds, {})
     if accelerator.is_main_process:
         save_checkpoint(
             standing.position.centre,
@@ -377,10 +291,11 @@ def run_course(
 
 
 def play_round(
-    ground: Ground, course: Course, learners: Learners, standing: Standing, accelerator: Accelerator
+    common: Common, course: Course, learners: Learners, standing: Standing
 ) -> dict[str, float]:
     """One round: train apart, collect, merge, let the outer optimiser decide, judge."""
-    options, count = ground.options, len(learners.rows)
+    options, ground, accelerator = common.options, common.ground, common.accelerator
+    count = len(learners.rows)
     own, start = list(own_members(count, accelerator)), standing.start
     stint, outer = options.stint(standing.rounds, course.lr), options.outer_optimiser
     kept = options.moments == "kept"
@@ -398,7 +313,7 @@ def play_round(
         first, second = (everyone(m, count, accelerator) for m in worked.moments[:2])
         moments = Moments(first, second, numbers["steps"])
 
-    merged = agreed(merged_members(ground, learners, trained, standing.rounds), accelerator)
+    merged = agreed(merged_members(common, learners, trained, standing.rounds), accelerator)
     ordered = options.aligned and count > 1 and (kept or options.outer != "averaging")
     standing.go_on(trained, merged, moments, outer, ground.layout.spec if ordered else None)
 
@@ -413,9 +328,9 @@ def play_round(
     }
 
 
-def merged_members(ground: Ground, learners: Learners, trained: Weights, number: int) -> Weights:
+def merged_members(common: Common, learners: Learners, trained: Weights, number: int) -> Weights:
     """What ``merge()`` makes of all members."""
-    options, program = ground.options, ground.program.to_json()
+    options, program = common.options, common.ground.program.to_json()
     sources = [Checkpoint(f"segment {k}", w, program) for k, w in enumerate(unstack(trained))]
     sizes = [len(own) for own in learners.rows]
     known = get_method(options.method).options
@@ -425,7 +340,7 @@ def merged_members(ground: Ground, learners: Learners, trained: Weights, number:
         align=options.alignment,
         correct=list(options.correct) or None,
         merger=options.merger,
-        batches=ground.calibration,
+        batches=common.batches,
         seed=options.seed + number,
         **({"coefficients": sizes} if "coefficients" in known else {}),
     ).weights

@@ -16,7 +16,8 @@ from evaluation.metrics import accuracy
 from metamerge import merge
 from metamerge.checkpoints import read_checkpoints
 from metamerge.errors import ConfigError
-from trainers.rounds import Course, Ground, RoundsOptions, main
+from trainers.ground import Course, Ground
+from trainers.rounds import RoundsOptions, main
 from zoo.training import predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +108,7 @@ def killed(place, start):
 
 def test_a_training_leaves_a_network_that_can_be_merged_on(whole):
     (row,) = written(whole)["rows"]
-    ground = Ground(RoundsOptions(widths=(16,)), torch.device("cpu"))
+    ground = Ground(RoundsOptions(widths=(16,)).zoo, torch.device("cpu"))
     inputs, targets = ground.split.images("test")
     weights = {key: tensor[None] for key, tensor in weights_of(whole / COURSE).items()}
     found = float(accuracy(predict(ground.program, weights, inputs), targets))
@@ -217,7 +218,7 @@ def test_aligned_members_with_own_inits_merge_better_than_unaligned_ones(tmp_pat
 def test_the_union_sees_as_many_images_in_one_network(tmp_path, monkeypatch):
     (row,) = made(monkeypatch, tmp_path, "--union").rows
     seen, union = sum(row["curve"]["images"]), sum(row["union"]["curve"]["images"])
-    ground = Ground(RoundsOptions(), torch.device("cpu"))
+    ground = Ground(RoundsOptions().zoo, torch.device("cpu"))
     assert row["images"] == row["union"]["images"] == len(ground.split.rows("segments"))
     assert abs(seen - union) <= 3 * 3 * 32  # no more than a last batch per member and round
     assert row["union"]["curve"]["test"][-1] > row["curve"]["test"][-1]
@@ -277,7 +278,7 @@ def test_a_linear_rate_falls_with_the_passes():
 
 
 def test_seeds_have_segments_inits_and_orders_of_their_own():
-    ground = Ground(RoundsOptions(widths=(4,), init="own"), torch.device("cpu"))
+    ground = Ground(RoundsOptions(widths=(4,), init="own").zoo, torch.device("cpu"))
     (one, start), (other, again) = (ground.segments(Course(3, seed, 0.1)) for seed in (0, 1))
     assert not set(one.seeds) & set(other.seeds)
     assert not torch.equal(one.rows[0].sort().values, other.rows[0].sort().values)
