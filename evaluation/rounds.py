@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -260,11 +261,14 @@ def _dress(left: Axes, right: Axes, title: str, ceilings: list[float], margin: f
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     if ceilings:
-        low, high = left.get_ylim()
-        left.set_ylim(max(low, 100 * (min(ceilings) - margin)), high)
+        low = max(left.get_ylim()[0], 100 * (min(ceilings) - margin))
+        left.set_ylim(low, 100 * max(ceilings) + 1.5)
     left.set_xlabel("rounds", fontsize=9)
     left.set_ylabel("test accuracy in %", fontsize=9)
     right.set_xscale("log")
+    for axis in (right.xaxis.set_major_formatter, right.xaxis.set_minor_formatter):
+        axis(LogFormatter(minor_thresholds=(2, 0.5)))
+    right.tick_params(axis="x", which="both", labelsize=8)
     right.set_xlabel("sent in MB: K networks up and K down every round", fontsize=9)
     left.legend(fontsize=8, frameon=False, loc="lower right")
     left.figure.suptitle(title, fontsize=10)

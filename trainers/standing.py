@@ -119,13 +119,18 @@ class Standing:
         if state is None:
             return
         tensors, record = state
-        kept = {
+        parts = {
             name: part_of(tensors, f"{name}.")
-            for name in ("centre", "member", "momentum", "first", "second", "steps")
+            for name in ("centre", "member", "momentum", "first", "second")
+        }
+        # Files sort their tensors, and sums over tensors depend on the order in their last digits.
+        kept = {
+            name: {key: own[key] for key in self._start if key in own}
+            for name, own in parts.items()
         }
         self.position = Position(kept["centre"], kept["member"], kept["momentum"] or None)
-        if kept["steps"]:
-            self.moments = Moments(kept["first"], kept["second"], kept["steps"]["made"])
+        if "steps.made" in tensors:
+            self.moments = Moments(kept["first"], kept["second"], tensors["steps.made"])
         self.curve, self.stopped = record["curve"], record["stopped"]
         self.seconds = record["seconds"]
 
