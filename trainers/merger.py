@@ -7,8 +7,6 @@ neither segments nor inits with training families.
 """
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from evaluation.metrics import common_task
 from evaluation.tracking import Run, track, zoo_datasets
-from metamerge.errors import ConfigError, MetaMergeError
+from metamerge.errors import ConfigError
 from metamerge.mergers import (
     AutoencoderConfig,
     AutoencoderMerger,
@@ -41,6 +39,7 @@ from metamerge.structure import run
 from trainers.drawing import Batch, Drawing, draw
 from trainers.families import Data, Families, read_data
 from trainers.finishing import finish
+from trainers.launching import launched
 from trainers.outcome import Outcome, restore, snapshot
 from trainers.pretraining import pretrain
 from trainers.resume import load_state, save_state
@@ -188,21 +187,8 @@ def main() -> None:
     """Entry point of ``accelerate launch trainers/merger.py``."""
     options = parse(MergerOptions, prog="accelerate launch trainers/merger.py")
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # banks of other shapes
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise SystemExit(
-            f"merger: {launched} processes were launched but accelerate sees "
-            f"{accelerator.num_processes}; every one would train alone. On CPUs launch with "
-            "ACCELERATE_USE_CPU=true, --multi_gpu and --num_processes."
-        )
-    try:
+    with launched("merger", kwargs_handlers=[unused]) as accelerator:
         train(options, accelerator)
-    except MetaMergeError as error:
-        print(f"merger: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
-    finally:
-        accelerator.end_training()
 
 
 def train(options: MergerOptions, accelerator: Accelerator) -> None:

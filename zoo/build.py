@@ -54,7 +54,7 @@ def split_of(zoo: Zoo) -> TaskSplit:
             "images its members saw, so nothing can be judged on it. Merge its families, or look "
             "at them with `python -m zoo.show`."
         )
-    split = _split(options_from(zoo.options))
+    split = cut_task(options_from(zoo.options))
     told, found = zoo.manifest["task"]["digest"], split.task.digest
     if told != found:
         raise ZooError(
@@ -64,7 +64,15 @@ def split_of(zoo: Zoo) -> TaskSplit:
     return split
 
 
-def _split(options: ZooOptions) -> TaskSplit:
+def cut_task(options: ZooOptions) -> TaskSplit:
+    """Load the task that options name, and cut it into its parts.
+
+    Args:
+        options: Of a zoo.
+
+    Returns:
+        The split.
+    """
     task = load_task(
         options.task, options.data, target=options.target, kind=options.kind, drop=options.drop
     )
@@ -145,7 +153,7 @@ def _build(
     options: ZooOptions, older: Zoo | None, progress: Report | None, state: PartialState | None
 ) -> Zoo:
     main = state is None or state.is_main_process
-    split = _split(options)
+    split = cut_task(options)
     program = _program(options, split)
     plan = plan_shards(options, split, program)
     building = Building(options.folder, options.digest)

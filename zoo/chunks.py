@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metamerge.structure import Execution, Program
 from metamerge.weights import Weights
-from zoo.adam import AdamW
+from zoo.adam import AdamW, Moments
 
 Transform = Callable[[Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]]
 """Inputs ``[a, b, ...]``, targets ``[a, b]``, the networks they are for ``[a]`` and the step, which
@@ -32,7 +32,8 @@ class Job:
     steps: Tensor  # [n]
     epochs: int  # of the networks that have most
     batch_size: int
-    rate: Tensor  # [n]
+    rate: Tensor  # at the start, [n]
+    last_rate: Tensor  # at the end, [n]
     decay: Tensor  # [n]
     seeds: Sequence[int]
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +43,7 @@ class Job:
     snapshots: int
     transform: Transform | None
     precision: torch.dtype | None
+    moments: Moments | None
 
 
 class Trained(NamedTuple):
@@ -55,6 +57,7 @@ class Trained(NamedTuple):
         held_back: Loss on the rows held back, after every such epoch, ``[n, epochs]``.
         snapshots: Weights on the way, ``[n, s, ...]``: the first at the start, the others at equal
             distances before the end; empty if none were asked for.
+        moments: What the optimizer remembers at the end; None if it was given none at the start.
     """
 
     weights: Weights
@@ -62,6 +65,7 @@ class Trained(NamedTuple):
     losses: Tensor
     held_back: Tensor
     snapshots: Weights
+    moments: Moments | None
 
 
 class Chunk:
@@ -82,12 +86,13 @@ class Chunk:
             key: _laid_out(t.detach()[networks].to(self.device), key in turned)
             for key, t in weights.items()
         }
-        self.steps, self.lengths, self.rate = (
-            values[networks] for values in (job.steps, job.lengths, job.rate)
+        self.steps, self.lengths, self.rate, self.last_rate = (
+            values[networks] for values in (job.steps, job.lengths, job.rate, job.last_rate)
         )
         self.orders = _orders(job, networks).to(self.device)  # [a, steps * b]
         self.uses = _counters(job.program, self.weights)
-        self.optimizer = AdamW(self._trained(), job.decay[networks])
+        moments = job.moments and job.moments.only(networks)
+        self.optimizer = AdamW(self._trained(), job.decay[networks], moments)
         self.best = torch.full((len(networks),), torch.inf)  # smallest loss on rows held back
         self.stale = torch.zeros(len(networks), dtype=torch.long)  # epochs since then
         self.kept = self.steps.clone()  # step that gave the weights to keep
@@ -135,7 +140,9 @@ class Chunk:
             outputs, statistics = self._forward({**live, **leaves}, inputs, training=True)
             losses = job.loss(outputs, targets)
             grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        rates = self.rate[:active] * (1 - step / self.steps[:active].double())
+        left = 1 - step / self.steps[:active].double()
+        first, last = self.rate[:active], self.last_rate[:active]
+        rates = last + (first - last) * left
         self.optimizer.step(dict(zip(leaves, grads, strict=True)), rates)
         for key, value in statistics.items():
             live[key].copy_(value)
@@ -214,7 +221,8 @@ class Chunk:
             tensors.update({key: tensor[there] for key, tensor in tensors.items()})
         self.weights.update(self.optimizer.weights)
         self.orders, self.losses = self.orders[there], self.losses[there]
-        for name in ("networks", "steps", "lengths", "rate", "best", "stale", "kept", "counts"):
+        names = ("networks", "steps", "lengths", "rate", "last_rate")
+        for name in (*names, "best", "stale", "kept", "counts"):
             setattr(self, name, getattr(self, name)[own])
 
     def _take_snapshots(self, step: int, active: int) -> None:
@@ -235,6 +243,18 @@ class Chunk:
         self.result.losses[numbers] = self.losses[done.to(self.device)].cpu() / self.counts[done]
         if self.job.snapshots:
             self._end_snapshots(done, final)
+        if self.result.moments:
+            self._write_moments(done)
+
+    def _write_moments(self, done: Tensor) -> None:
+        numbers, found = self.networks[done], self.result.moments
+        for rooms, kept in (
+            (found.first, self.optimizer.first),
+            (found.second, self.optimizer.second),
+        ):
+            for key, tensor in kept.items():
+                rooms[key][numbers] = tensor[done.to(self.device)].to(rooms[key].device)
+        found.steps[numbers] = self.optimizer.steps[done]
 
     def _end_snapshots(self, done: Tensor, final: Weights) -> None:
         """Networks that stopped early stay as they are for the rest of their snapshots."""

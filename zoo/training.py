@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metamerge.errors import ZooError
 from metamerge.structure import Program, run
 from metamerge.weights import Weights, stack
+from zoo.adam import Moments
 from zoo.chunks import Chunk, Job, Trained, Transform
 from zoo.rewrites import pool_first
 
@@ -64,6 +65,7 @@ def train_networks(
     epochs: float | Tensor,
     batch_size: int = 32,
     lr: float | Tensor = 1e-2,
+    last_lr: float | Tensor = 0.0,
     weight_decay: float | Tensor = 0.0,
     seed: int | Sequence[int] = 0,
     loss: Loss = cross_entropy,
@@ -71,6 +73,7 @@ def train_networks(
     held_back: Sequence[Tensor] | None = None,
     patience: int = 0,
     snapshots: int = 0,
+    moments: Moments | None = None,
     transform: Transform | None = None,
     precision: torch.dtype | None = None,
     chunk: int | None = None,
@@ -89,9 +92,11 @@ def train_networks(
         targets: Labels ``[rows]``, or what the loss compares with: ``[rows, c]``, or
             ``[n, rows, c]`` per network.
         rows: Per network, the indices it trains on.
-        epochs: Passes over its rows; like ``lr`` and ``weight_decay`` for all networks, or ``[n]``.
+        epochs: Passes over its rows; like ``lr``, ``last_lr`` and ``weight_decay`` for all
+            networks, or ``[n]``.
         batch_size: Rows per step.
-        lr: Learning rate at the start; it falls to zero linearly.
+        lr: Learning rate at the start.
+        last_lr: Where it arrives, linearly.
         weight_decay: Decoupled weight decay.
         seed: Seed of the order of rows; or one per network.
         loss: One loss per network.
@@ -100,6 +105,8 @@ def train_networks(
         patience: Epochs without a smaller loss on ``held_back`` after which a network stops; it
             then keeps its best weights. 0 trains to the end and keeps the last.
         snapshots: Weights to keep on the way, per network.
+        moments: What the optimizer remembers of an earlier training, not modified; None to begin
+            anew.
         transform: What networks see instead of the rows themselves: see ``zoo.chunks``.
         precision: Lower precision of the products, such as ``torch.bfloat16``; weights and
             optimizer keep theirs.
@@ -116,7 +123,8 @@ def train_networks(
     n, lengths = len(rows), torch.tensor([len(r) for r in rows])
     if (lengths == 0).any():
         raise ZooError(f"train_networks: rows[{int(lengths.argmin())}] is empty, expected some.")
-    passes, rate, decay = (_each(value, n) for value in (epochs, lr, weight_decay))
+    values = (epochs, lr, last_lr, weight_decay)
+    passes, rate, last_rate, decay = (_each(value, n) for value in values)
     steps = (passes * lengths / batch_size).ceil().long()
     job = Job(
         program=pool_first(program),
@@ -128,6 +136,7 @@ def train_networks(
         epochs=max(1, ceil(float(passes.max()))),
         batch_size=batch_size,
         rate=rate,
+        last_rate=last_rate,
         decay=decay,
         seeds=[seed * 1_000_003 + i for i in range(n)] if isinstance(seed, int) else seed,
         loss=loss,
@@ -137,8 +146,9 @@ def train_networks(
         snapshots=snapshots,
         transform=transform,
         precision=precision,
+        moments=moments,
     )
-    result = _room(weights, steps, job.epochs, snapshots)
+    result = _room(weights, job)
     order = steps.argsort(descending=True, stable=True)
     chunk = chunk or _chunk_size(program, weights, inputs, batch_size)
     for start in range(0, n, chunk):
@@ -152,16 +162,17 @@ def _each(value: float | Tensor, n: int) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64).expand(n)
 
 
-def _room(weights: Weights, steps: Tensor, epochs: int, snapshots: int) -> Trained:
+def _room(weights: Weights, job: Job) -> Trained:
     """A result that chunks fill in; it starts with the start."""
-    losses, held_back = torch.full((2, len(steps), epochs), torch.nan)
+    losses, held_back = torch.full((2, len(job.steps), job.epochs), torch.nan)
     on_the_way = {
-        key: tensor.detach().unsqueeze(1).repeat(1, snapshots, *[1] * (tensor.ndim - 1))
+        key: tensor.detach().unsqueeze(1).repeat(1, job.snapshots, *[1] * (tensor.ndim - 1))
         for key, tensor in weights.items()
-        if snapshots
+        if job.snapshots
     }
     start = {key: tensor.detach().clone() for key, tensor in weights.items()}
-    return Trained(start, steps.clone(), losses, held_back, on_the_way)
+    moments = job.moments and job.moments.only(torch.arange(len(job.steps)))
+    return Trained(start, job.steps.clone(), losses, held_back, on_the_way, moments)
 
 
 def _chunk_size(program: Program, weights: Weights, inputs: Tensor, batch_size: int) -> int:

@@ -1,3 +1,9 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -5,6 +11,54 @@ from evaluation.metrics import family_logits
 from metamerge.alignment import weight_matching
 from trainers.families import Families
 from zoo.variants import Variants
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ("--config_file", str(ROOT / "accelerate_config.yaml"))
+
+
+@pytest.fixture(scope="module")
+def start(request):
+    """``accelerate launch`` of the module's SCRIPT, in a folder, as a process group of its own."""
+
+    def start(folder, *arguments, launcher=CONFIG, **settings):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "COLUMNS": "200",
+        }
+        for name in ("OMP_NUM_THREADS", "WORLD_SIZE", "ACCELERATE_USE_CPU"):
+            environment.pop(name, None)
+        accelerate = Path(sys.executable).with_name("accelerate")
+        return subprocess.Popen(
+            [accelerate, "launch", *launcher, request.module.SCRIPT, *arguments],
+            cwd=folder,
+            env=environment | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def launch(start):
+    """``start``, waited for: exit code and what was printed."""
+
+    def launch(folder, *arguments, **settings):
+        process = start(folder, *arguments, **settings)
+        out, err = process.communicate(timeout=200)
+        return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """What ``launch`` takes to have two processes on the CPU."""
+    launcher = (*CONFIG, "--multi_gpu", "--num_processes", "2")
+    return {"launcher": launcher, "ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -28,7 +27,6 @@ from zoo.training import predict
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "trainers" / "merger.py")
-CONFIG = ("--config_file", str(ROOT / "accelerate_config.yaml"))
 STEPS, SAVE_EVERY = 60, 5
 SMALL = (
     *("--probes", "32", "--width", "8", "--rank", "2", "--families", "6", "--images", "128"),
@@ -47,33 +45,6 @@ SMALL_ZOO = ZooOptions(
 )
 
 pytestmark = pytest.mark.xdist_group("merger_script")
-
-
-def start(folder, *arguments, launcher=CONFIG, **settings):
-    """``accelerate launch`` in a folder of its own, as a process group of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "COLUMNS": "200",
-    }
-    for name in ("OMP_NUM_THREADS", "WORLD_SIZE", "ACCELERATE_USE_CPU"):
-        environment.pop(name, None)
-    accelerate = Path(sys.executable).with_name("accelerate")
-    return subprocess.Popen(
-        [accelerate, "launch", *launcher, SCRIPT, *arguments],
-        cwd=folder,
-        env=environment | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def launch(folder, *arguments, **settings):
-    process = start(folder, *arguments, **settings)
-    out, err = process.communicate(timeout=200)
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
 def command(monkeypatch, *arguments):
@@ -109,7 +80,7 @@ def zoo(place):
 
 
 @pytest.fixture(scope="module")
-def trained(place, zoo):
+def trained(place, zoo, launch):
     """One training that nothing interrupts."""
     done = launch(place, "--zoo", str(zoo.folder), "--out", "whole", *SMALL)
     assert done.code == 0, done.err
@@ -117,7 +88,7 @@ def trained(place, zoo):
 
 
 @pytest.fixture(scope="module")
-def killed(place, zoo):
+def killed(place, zoo, start):
     """What a training leaves that is killed half-way; its newest state is damaged as well."""
     process = start(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
     latest = place / "killed.state" / "LATEST"
@@ -256,7 +227,7 @@ def test_other_options_are_not_resumed_and_nothing_is_touched(
 # ------------------------------------------------------------------------------- kills
 
 
-def test_a_killed_training_costs_a_few_steps_and_no_bit(trained, killed, zoo, place):
+def test_a_killed_training_costs_a_few_steps_and_no_bit(trained, killed, zoo, place, launch):
     done = launch(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
     assert done.code == 0, done.err
     # The newest state is damaged: the one before it has to do.
@@ -279,12 +250,11 @@ def test_a_resumed_training_goes_on_in_its_run(killed, place):
 # ------------------------------------------------------------------------------- processes
 
 
-def test_two_processes_reach_what_one_reaches(trained, zoo, place):
+def test_two_processes_reach_what_one_reaches(trained, zoo, place, launch, two_processes):
     done = launch(
         place,
         *("--zoo", str(zoo.folder), "--out", "two", *SMALL, "--no-tracking"),
-        launcher=(*CONFIG, "--multi_gpu", "--num_processes", "2"),
-        ACCELERATE_USE_CPU="true",
+        **two_processes,
     )
     assert done.code == 0, done.err
     assert done.out.count("gates all") == 1  # one of the two speaks
@@ -329,7 +299,7 @@ def test_one_merger_learns_from_several_zoos(zoo, place, monkeypatch, capsys):
 # ------------------------------------------------------------------------------- command line
 
 
-def test_a_launch_without_a_config_file_works(place):
+def test_a_launch_without_a_config_file_works(place, launch):
     done = launch(place, "--help", launcher=())
     assert done.code == 0, done.err
     told = " ".join(done.out.split())

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from metamerge.structure import trace
 from metamerge.weights import stack
 from zoo import architectures
+from zoo.adam import Moments
 from zoo.training import (
     cross_entropy,
     distillation,
@@ -808,3 +809,47 @@ def test_predictions_do_not_depend_on_the_memory_at_hand(network, budget):
         own = {key: tensor[index] for key, tensor in start.items()}
         assert torch.allclose(found[index], functional_call(model, own, inputs), atol=1e-12)
     assert not found.requires_grad
+
+
+# ------------------------------------------------------------------------------- in several legs
+
+
+def trained_in_legs(network, legs, first, last):
+    """The same full batch in every step; each leg goes on with the moments of the one before."""
+    program, weights = start_of(network)
+    moments, rows = Moments.none_yet(weights), [torch.arange(6)] * 3
+    for epochs, rate, end in zip(legs, first, last, strict=True):
+        trained = train_networks(
+            program, weights, *make_images(), rows,
+            epochs=epochs, batch_size=6, lr=rate, last_lr=end, moments=moments,
+        )  # fmt: skip
+        weights, moments = trained.weights, trained.moments
+    return weights, moments
+
+
+def test_two_legs_with_moments_are_one_training(network):
+    whole, kept = trained_in_legs(network, [6], [0.03], [0.0])
+    legs, other = trained_in_legs(network, [2, 4], [0.03, 0.02], [0.02, 0.0])
+    assert furthest(legs, whole) < 1e-12  # sums of six rows in another order
+    assert furthest(other.second, kept.second) < 1e-12
+    assert kept.steps.tolist() == other.steps.tolist() == [6, 6, 6]
+
+
+def test_networks_may_have_made_different_numbers_of_steps(network):
+    whole, kept = trained_in_legs(network, [6], [0.03], [0.03])
+    legs = (torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5.0, 4.0, 2.0]))
+    apart, other = trained_in_legs(network, legs, [0.03, 0.03], [0.03, 0.03])
+    assert furthest(apart, whole) < 1e-12
+    assert furthest(other.first, kept.first) < 1e-12
+    assert other.steps.tolist() == [6, 6, 6]
+
+
+def test_moments_are_not_changed_and_not_made_unasked(network):
+    program, weights = start_of(network)
+    given = Moments.none_yet(weights)
+    rows = [torch.arange(6)] * 3
+    trained = train_networks(program, weights, *make_images(), rows, epochs=1, moments=given)
+    assert all(not tensor.any() for kept in given[:2] for tensor in kept.values())
+    assert given.steps.tolist() == [0, 0, 0]
+    assert trained.moments.steps.tolist() == [1, 1, 1]
+    assert train_networks(program, weights, *make_images(), rows, epochs=1).moments is None
