@@ -20,7 +20,7 @@ from metamerge.errors import ConfigError
 ORDERS = ("increasing", "decreasing", "given")
 """By norm, shortest or longest first, or as the gradients come."""
 
-_DEPENDENT = 1e-12  # squared: a millionth of a vector is rounding of float32, not a direction
+_DEPENDENT = 8  # times the precision: squared residuals below it are rounding, not a direction
 
 
 def orthogonalise(
@@ -30,8 +30,9 @@ def orthogonalise(
 
     The first vector stays whole; from each other the projection onto the span of those before it is
     taken away. No vector is normalised. A vector that lies in that span, as one of zeros does,
-    adds nothing and takes nothing away. All follows from the k x k products of the gradients,
-    which are computed in float64, so that the p numbers of a vector are read twice, whatever k is.
+    adds nothing and takes nothing away. All follows from the k x k products of the gradients, so
+    that the p numbers of a vector are read twice, whatever k is. The price is precision: of a
+    vector in float32, a residual below a thousandth of its length counts as lying in the span.
 
     Args:
         gradients: ``[..., k, p]``, not modified.
@@ -59,12 +60,12 @@ def orthogonalise(
             f"orthogonalise: expected gradients [..., k, p] and kept [..., k], got "
             f"{tuple(gradients.shape)} and {None if kept is None else tuple(kept.shape)}."
         )
-    wide = gradients.double()
-    products = wide @ wide.mT  # [..., k, k]
+    products = (gradients @ gradients.mT).double()  # [..., k, k]
     if kept is not None:
         both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
         products = products.where(both, 0.0)
-    shares = _shares(products, order)  # [..., k]
+    precision = torch.finfo(gradients.dtype).eps
+    shares = _shares(products, order, _DEPENDENT * precision)  # [..., k]
     alive = 1.0 if kept is None else kept.double()
     shares = (1 - leak) * shares + leak * alive
     return (shares.to(gradients.dtype).unsqueeze(-2) @ gradients).squeeze(-2)
@@ -88,18 +89,18 @@ def keep_some(draws: Tensor, dropped: float) -> Tensor:
     return (draws >= dropped) | (draws == draws.amax(-1, keepdim=True))
 
 
-def _shares(products: Tensor, order: str) -> Tensor:
+def _shares(products: Tensor, order: str, dependent: float) -> Tensor:
     """What each vector is multiplied by in the sum of the orthogonalised ones, ``[..., k]``."""
     squares = products.diagonal(dim1=-2, dim2=-1)  # [..., k]
     if order == "given":
-        return _sum_of_residuals(products)
+        return _sum_of_residuals(products, dependent)
     places = squares.argsort(dim=-1, descending=order == "decreasing", stable=True)
     rows = products.gather(-2, places.unsqueeze(-1).expand_as(products))
     ordered = rows.gather(-1, places.unsqueeze(-2).expand_as(products))
-    return torch.empty_like(squares).scatter_(-1, places, _sum_of_residuals(ordered))
+    return torch.empty_like(squares).scatter_(-1, places, _sum_of_residuals(ordered, dependent))
 
 
-def _sum_of_residuals(products: Tensor) -> Tensor:
+def _sum_of_residuals(products: Tensor, dependent: float) -> Tensor:
     """Gram-Schmidt in the order given, on the products alone.
 
     Residual i is ``sum_j made[i, j] g_j``; the products are ``L D L^T`` with ``made = L^-1``.
@@ -116,7 +117,7 @@ def _sum_of_residuals(products: Tensor) -> Tensor:
             made[..., i, :] -= (taken @ before).squeeze(-2)
         row = made[..., i, :]
         left = (row.unsqueeze(-2) @ products @ row.unsqueeze(-1)).squeeze((-1, -2))
-        alone = left <= _DEPENDENT * products[..., i, i]  # false where something is NaN
+        alone = left <= dependent * products[..., i, i]  # false where something is NaN
         made[..., i, :] = row.masked_fill(alone.unsqueeze(-1), 0.0)
         inverse[..., i] = left.reciprocal().masked_fill(alone, 0.0)
     return made.sum(-2)
