@@ -38,6 +38,7 @@ def features_for(options: ZooOptions, split: TaskSplit) -> dict[str, Tensor]:
         "important": lambda: features.important_inputs(
             task.inputs, task.targets, rows, generator=generator
         ),
+        "labels": lambda: _labels(split),
         "targets": lambda: _targets(split),
         "errors": lambda: features.errors(_judged_unseen(options, split), task.targets),
         "activations": lambda: features.activations(_hidden(options, split)),
@@ -45,11 +46,19 @@ def features_for(options: ZooOptions, split: TaskSplit) -> dict[str, Tensor]:
     return {"features": by[options.by]()}
 
 
+def _labels(split: TaskSplit) -> Tensor:
+    """Targets as numbers that can be clustered."""
+    task = split.task
+    if task.regression:
+        return task.targets
+    return torch.nn.functional.one_hot(task.targets, task.classes).float()
+
+
 def _targets(split: TaskSplit) -> Tensor:
     """Targets as numbers that can be clustered; those of a regression in ten bins each."""
     task = split.task
     if not task.regression:
-        return torch.nn.functional.one_hot(task.targets, task.classes).float()
+        return _labels(split)
     return features.binned_targets(task.targets, split.rows("segments")).float()[:, None]
 
 

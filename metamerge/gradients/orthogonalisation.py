@@ -101,10 +101,7 @@ def _shares(products: Tensor, order: str, dependent: float) -> Tensor:
 
 
 def _sum_of_residuals(products: Tensor, dependent: float) -> Tensor:
-    """Gram-Schmidt in the order given, on the products alone.
-
-    Residual i is ``sum_j made[i, j] g_j``; the products are ``L D L^T`` with ``made = L^-1``.
-    """
+    """Gram-Schmidt in the order given, on the products ``L D L^T`` alone; ``made`` is ``L^-1``."""
     count = products.shape[-1]
     made = torch.eye(count, dtype=products.dtype, device=products.device).expand_as(products)
     made = made.clone()

@@ -153,7 +153,8 @@ def test_an_epoch_meets_every_row_once_and_every_step_a_share_of_each_cluster():
 
 def test_weights_within_a_cluster_sum_to_one_or_to_nothing():
     runs = make_runs()
-    runs = Runs(runs.inputs, runs.targets, [[c[0], c[1], c[2][:2]] for c in runs.clusters], runs.validation, [0] * 3)  # fmt: skip
+    few = [[c[0], c[1], c[2][:2]] for c in runs.clusters]
+    runs = Runs(runs.inputs, runs.targets, few, runs.validation, runs.seeds)
     sums = torch.stack([within.sum(-1) for _, within, _ in Batches(runs, 8).epoch()])
     assert ((sums - 1).abs().lt(1e-6) | (sums == 0)).all()
     assert (sums == 0).any()  # two rows do not reach five steps
@@ -203,9 +204,9 @@ def test_classes_are_learned_as_well():
     program = architectures.program_of(classifier(), (FEATURES,))
     weights = init_networks(classifier, range(RUNS))
     done = train_clustered(
-        program, weights, runs, rule=RULES["adam"], lr=0.01, epochs=60, loss=row_cross_entropy
+        program, weights, runs, rule=RULES["adam"], lr=0.03, epochs=60, loss=row_cross_entropy
     )
-    assert (done.validation.amin(1) < 0.6 * done.validation[:, 0]).all()
+    assert (done.validation.amin(1) < 0.8 * done.validation[:, 0]).all()
 
 
 def test_equal_gradients_agree_and_opposed_ones_do_not(program):
