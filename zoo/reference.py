@@ -15,6 +15,7 @@ from zoo.splits import features
 from zoo.training import cross_entropy, init_networks, predict, squared_error, train_networks
 
 _BATCH = 4096  # rows that a reference network reads at a time
+_IMPORTANT = 32  # inputs that are kept at most, and no more than half of them
 
 
 def features_for(options: ZooOptions, split: TaskSplit) -> dict[str, Tensor]:
@@ -36,7 +37,11 @@ def features_for(options: ZooOptions, split: TaskSplit) -> dict[str, Tensor]:
     by = {
         "inputs": lambda: features.inputs(task.inputs),
         "important": lambda: features.important_inputs(
-            task.inputs, task.targets, rows, generator=generator
+            task.inputs,
+            task.targets,
+            rows,
+            keep=min(_IMPORTANT, -(-task.inputs[0].numel() // 2)),
+            generator=generator,
         ),
         "labels": lambda: _labels(split),
         "targets": lambda: _targets(split),

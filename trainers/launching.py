@@ -1,0 +1,43 @@
+"""What every trainer does around its work: processes that know of each other, errors in a line."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from metamerge.errors import MetaMergeError
+
+
+@contextmanager
+def launched(name: str, **settings: Any) -> Iterator[Accelerator]:
+    """The processes that ``accelerate launch`` started; what is wrong is told in a line.
+
+    Args:
+        name: Of the script, for messages.
+        **settings: Of ``accelerate.Accelerator``.
+
+    Yields:
+        The accelerator.
+
+    Raises:
+        SystemExit: If the processes do not know of each other, or with the exit code of an error.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **settings)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise SystemExit(
+            f"{name}: {started} processes were launched but accelerate sees "
+            f"{accelerator.num_processes}; every one would train alone. On CPUs launch with "
+            "ACCELERATE_USE_CPU=true, --multi_gpu and --num_processes."
+        )
+    try:
+        yield accelerator
+    except MetaMergeError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
+    finally:
+        accelerator.end_training()
