@@ -63,7 +63,7 @@ class ClusterOptions:
     target: str | None = None  # column to predict, of your own file
     kind: str = "auto"  # auto, classification or regression, for your own file
     drop: tuple[str, ...] = ()  # columns of your own file to leave out
-    rows: int = 2000  # rows of a task that are drawn at most; 0 takes all
+    rows: int = 1000  # rows of a task that are drawn at most; 0 takes all
     hidden: tuple[int, ...] = (1, 3)  # hidden layers
     width: int = 32  # units of a hidden layer
     clusterings: tuple[str, ...] = ("labels", "features", "random")  # what clusters are made of
