@@ -1,12 +1,15 @@
 """One model per cluster: trained apart, merged, and compared with what else can be made of them."""
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metamerge import merge
+from metamerge.checkpoints import save_checkpoint
 from metamerge.structure import Program, run
 from metamerge.weights import Weights, stack, unstack
 from trainers.cluster_runs import Prepared
@@ -68,14 +71,14 @@ def members_row(
     found["member of the nearest cluster"] = each.gather(1, place).squeeze(1)
     best = _best_member(program, apart, first)
     found["best member"] = each[torch.arange(count), best]
-    for name, arguments in MERGES.items():
-        fused = [
-            _merged(factory(), {key: t[r] for key, t in apart.items()}, inputs, seed, arguments)
-            for r, (inputs, seed) in enumerate(
-                zip(_inputs(prepared, everything), seeds, strict=True)
-            )
-        ]
-        found[name] = test_outputs(program, stack(fused), first)
+    merged = [
+        _merged(
+            program, {key: t[r] for key, t in apart.items()}, prepared.runs.inputs[r, own], seed
+        )
+        for r, (own, seed) in enumerate(zip(everything, seeds, strict=True))
+    ]
+    for name in MERGES:
+        found[name] = test_outputs(program, stack([fused[name] for fused in merged]), first)
     scores = {name: run_scores(row_scores(outputs, first)) for name, outputs in found.items()}
     alone = [run_scores(row_scores(each[:, m], first)) for m in range(k)]
     scores["mean of the members"] = {
@@ -84,17 +87,24 @@ def members_row(
     return {"members": k, "scores": scores}
 
 
-def _merged(
-    model: nn.Module, members: Weights, inputs: Tensor, seed: int, arguments: dict[str, Any]
-) -> Weights:
-    """One network of the members ``[k, ...]`` of a run."""
-    given = {"batches": inputs} if "correct" in arguments else {"example_inputs": inputs[:2]}
-    own = unstack(members)
-    return merge(own, method="average", model=model, seed=seed, **given, **arguments).weights
-
-
-def _inputs(prepared: Prepared, rows: list[Tensor]) -> list[Tensor]:
-    return [inputs[own] for inputs, own in zip(prepared.runs.inputs, rows, strict=False)]
+def _merged(program: Program, members: Weights, inputs: Tensor, seed: int) -> dict[str, Weights]:
+    """What ``merge()`` makes of the members ``[k, ...]`` of a run."""
+    told = program.to_json()  # checkpoints that carry it need not be traced at every merge
+    with TemporaryDirectory() as folder:
+        paths = [
+            save_checkpoint(own, Path(folder) / str(place), program=told)
+            for place, own in enumerate(unstack(members))
+        ]
+        return {
+            name: merge(
+                paths,
+                method="average",
+                seed=seed,
+                batches=inputs if "correct" in arguments else None,
+                **arguments,
+            ).weights
+            for name, arguments in MERGES.items()
+        }
 
 
 def _first(prepared: Prepared, count: int) -> Prepared:

@@ -127,7 +127,8 @@ class Cell:
     hidden: int
     rule: str = ""
     lr: float = 0.0
-    shared: bool = False  # one network per cluster: whether those of a run start from one init
+    merged: int = 0  # one network per cluster: of how many runs
+    shared: bool = False  # and whether those of a run start from one init
 
     @property
     def key(self) -> str:
@@ -135,7 +136,7 @@ class Cell:
         place = f"{self.task.name}#{self.task.digest[:8]}/{self.clustering}/{self.hidden}"
         if self.rule:
             return f"{place}/{self.rule}/{self.lr:g}"
-        return f"{place}/members/{'shared' if self.shared else 'own'} init"
+        return f"{place}/members/{'shared' if self.shared else 'own'} init/{self.merged}"
 
     @property
     def about(self) -> dict[str, Any]:
@@ -174,7 +175,8 @@ def cells_of(options: ClusterOptions, tasks: Sequence[Task]) -> list[Cell]:
             for hidden in options.hidden:
                 place = (task, clustering, hidden)
                 cells += [Cell(*place, rule, lr) for rule in options.rules for lr in options.lr]
-                cells += [Cell(*place, shared=shared) for shared in (False, True) if options.merged]
+                count = min(options.merged, options.runs)
+                cells += [Cell(*place, "", 0.0, count, s) for s in (False, True) if count]
     return cells
 
 
@@ -200,7 +202,7 @@ def cell_row(options: ClusterOptions, cell: Cell, prepared: Prepared) -> dict[st
             factory,
             program,
             prepared,
-            count=min(options.merged, options.runs),
+            count=cell.merged,
             shared=cell.shared,
             epochs=options.epochs,
             lr=options.member_lr,
