@@ -195,7 +195,8 @@ def judge(surface: Surface, rule: str, options: SurfaceOptions) -> dict[str, Any
     path = descend(surface, rule, drawn.repeat(len(RATES), 1), rates, options.steps)
     first, ends = (found.unflatten(0, (len(RATES), 2, n)) for found in arrivals(surface, path))
     spent = first[:, 1].clamp(max=10.0 * options.steps).mean(1)  # who never arrives pays tenfold
-    best = int(spent.argmin())
+    far = ends[:, 1].clamp(max=1e30).median(1).values
+    best = min(range(len(RATES)), key=lambda i: (float(spent[i]), float(far[i])))
     first, ends = first[best, 0], ends[best, 0]
     middle = float(first.quantile(0.5, interpolation="nearest"))
     return {

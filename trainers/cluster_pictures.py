@@ -38,7 +38,7 @@ def clusters_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
             chosen(own),
             down=lambda row: f"{row['hidden']} hidden",
             across=lambda row: f"clusters of {row['clustering']} ({row['members']})",
-            title=f"{name}: loss on validation rows, every rule at the rate that was chosen for it",
+            title=f"{name}: loss on validation rows, each rule at its chosen rate",
         )
         figures[f"rates-{name}"] = _figure(
             own,
@@ -82,9 +82,8 @@ def _figure(rows: Sequence[dict[str, Any]], down: Any, across: Any, title: str) 
         handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False,
         fontsize=9,
     )  # fmt: skip
-    figure.suptitle(
-        f"{title}; median and 10 to 90 % of {len(rows[0]['best_epoch'])} runs", fontsize=10
-    )
+    runs = len(rows[0]["best_epoch"])
+    figure.suptitle(f"{title}\nmedian and 10 to 90 % of {runs} runs", fontsize=10)
     return figure
 
 
