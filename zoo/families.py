@@ -77,7 +77,7 @@ def draw_families(
         known, origin = _variant(options, split, generator)
         variants = Variants(*(None if m is None else m[None] for m in (known, origin)))
         rows = variants.known(0, split.rows("segments"), split.task.targets)
-        segments += _segments(options, split, rows, members, generator, given)
+        segments += cut_segments(options, split, rows, members, generator, given)
         seeds = torch.randint(_SEEDS, (2, members), generator=generator)
         inits += (seeds[0] if options.init == "own" else seeds[0, :1].expand(members)).tolist()
         orders += seeds[1].tolist()
@@ -119,7 +119,7 @@ def _variant(
     return classes, places
 
 
-def _segments(
+def cut_segments(
     options: ZooOptions,
     split: TaskSplit,
     rows: Tensor,
@@ -127,6 +127,22 @@ def _segments(
     generator: torch.Generator,
     given: dict[str, Tensor],
 ) -> list[Tensor]:
+    """Cut rows as a zoo's split does.
+
+    Args:
+        options: Of the zoo; ``split`` names the way, others are options of one way or another.
+        split: Its task.
+        rows: The rows to cut, int64 ``[rows]``.
+        members: Number of segments.
+        generator: Source of randomness.
+        given: What the zoo's split asks for beside rows; see ``zoo.reference``.
+
+    Returns:
+        One tensor of row numbers per member, int64 ``[segment rows]``.
+
+    Raises:
+        ZooError: If segments cannot be cut.
+    """
     if options.pool < 1:
         count = max(1, round(options.pool * len(rows)))
         rows = rows[torch.randperm(len(rows), generator=generator)[:count]]

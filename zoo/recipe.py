@@ -23,7 +23,7 @@ from zoo.tasks import Task
 PLACES = ("out", "data")  # options that say where things lie, not what they are
 COUNTS = ("members", "train_families", "validation_families", "test_families")
 SEEDS = 2**31
-CLUSTERED = ("inputs", "important", "targets", "errors", "activations")
+CLUSTERED = ("inputs", "important", "labels", "targets", "errors", "activations")
 REPEATING = ("clusters", "difficulty", "bins")  # splits that cut equal rows equally
 PRECISIONS = ("float32", "bfloat16")
 _RANGES = ("alpha", "epochs", "lr", "weight_decay")
@@ -74,7 +74,7 @@ class ZooOptions:
     neighbours: int = 10  # spectral: neighbours in its graph
     min_cluster_size: int = 10  # hdbscan: smallest cluster
     covariance: str = "full"  # gmm: full, tied, diag or spherical
-    by: str = "inputs"  # clusters of: inputs, important, targets, errors or activations
+    by: str = "inputs"  # clusters of: inputs, important, labels, targets, errors or activations
     reference_epochs: float = 5.0  # training of the reference network of errors and difficulty
     init: str = "own"  # own: every member its own init; shared: one per family
     shared_steps: int = 0  # steps that a family with shared init takes together before it parts
@@ -152,7 +152,8 @@ class ZooOptions:
             raise ConfigError(f"seed: expected 0 to {SEEDS - 1}, got {self.seed}.")
 
     def _check_split(self) -> None:
-        if self.split in REPEATING and not self.segment_size and self.pool == 1:
+        several = sum(map(self.families, ("train", "validation", "test"))) > 1
+        if self.split in REPEATING and several and not self.segment_size and self.pool == 1:
             raise ConfigError(
                 f"split: {self.split!r} cuts equal rows into equal segments, so all families would "
                 "share theirs. Give --segment-size, or --pool 0.8 to draw each family's rows anew."

@@ -15,6 +15,7 @@ from zoo.splits import features
 from zoo.training import cross_entropy, init_networks, predict, squared_error, train_networks
 
 _BATCH = 4096  # rows that a reference network reads at a time
+_IMPORTANT = 32  # inputs that are kept at most, and no more than half of them
 
 
 def features_for(options: ZooOptions, split: TaskSplit) -> dict[str, Tensor]:
@@ -36,8 +37,13 @@ def features_for(options: ZooOptions, split: TaskSplit) -> dict[str, Tensor]:
     by = {
         "inputs": lambda: features.inputs(task.inputs),
         "important": lambda: features.important_inputs(
-            task.inputs, task.targets, rows, generator=generator
+            task.inputs,
+            task.targets,
+            rows,
+            keep=min(_IMPORTANT, -(-task.inputs[0].numel() // 2)),
+            generator=generator,
         ),
+        "labels": lambda: _labels(split),
         "targets": lambda: _targets(split),
         "errors": lambda: features.errors(_judged_unseen(options, split), task.targets),
         "activations": lambda: features.activations(_hidden(options, split)),
@@ -45,11 +51,19 @@ def features_for(options: ZooOptions, split: TaskSplit) -> dict[str, Tensor]:
     return {"features": by[options.by]()}
 
 
+def _labels(split: TaskSplit) -> Tensor:
+    """Targets as numbers that can be clustered."""
+    task = split.task
+    if task.regression:
+        return task.targets
+    return torch.nn.functional.one_hot(task.targets, task.classes).float()
+
+
 def _targets(split: TaskSplit) -> Tensor:
     """Targets as numbers that can be clustered; those of a regression in ten bins each."""
     task = split.task
     if not task.regression:
-        return torch.nn.functional.one_hot(task.targets, task.classes).float()
+        return _labels(split)
     return features.binned_targets(task.targets, split.rows("segments")).float()[:, None]
 
 

