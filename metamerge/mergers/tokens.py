@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metamerge.corrections.refit import variance
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.weights import Weights
 
@@ -91,31 +92,37 @@ def _features(
     zero = like.new_zeros(*like.shape[:2], layout.spaces[space])
     features = [zero] * 10
     if incoming:
-        rows = torch.cat(incoming, -1)  # [f, m, n, r]
+        rows = _together(incoming, -1)  # [f, m, n, r]
         norm = rows.norm(dim=-1)
         ranks = norm.detach().argsort(-1).argsort(-1) / norm.shape[-1]
         features[:3] = [
             _relative(norm),
-            _cosine_to_mean(rows),
+            _cosine_to_mean(rows, norm),
             ranks - ranks.mean(1, keepdim=True),
         ]
         features[3] = _biases(members, layout, space, zero) / norm.mean(
             (1, 2), keepdim=True
         ).clamp_min(1e-6)
         # producers of one space may see maps of different sizes: their rows stand one after another
-        values = torch.cat([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
-        spread = values.std(2, correction=0)
+        values = _together([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
+        spread = (variance(values, 2) + 1e-16).sqrt()
         typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
         features[4:8] = [
             values.mean(2) / typical,
             spread / typical,
-            (values / typical[:, :, None]).sigmoid().mean(2),
+            (values * (1 / typical[:, :, None])).sigmoid().mean(2),
             _others(members, layout, space, zero),
         ]
     if outgoing:
-        columns = torch.cat(outgoing, -1)
-        features[8:] = [_relative(columns.norm(dim=-1)), _cosine_to_mean(columns)]
+        columns = _together(outgoing, -1)
+        norm = columns.norm(dim=-1)
+        features[8:] = [_relative(norm), _cosine_to_mean(columns, norm)]
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
+
+
+def _together(parts: list[Tensor], dim: int) -> Tensor:
+    """What several layers say of a space; without a copy where there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _of_space(values: Tensor, layout: Layout, layer: Layer, space: str) -> Tensor:
@@ -139,9 +146,10 @@ def _relative(norm: Tensor) -> Tensor:
     return norm / norm.mean((1, 2), keepdim=True).clamp_min(1e-6) - 1
 
 
-def _cosine_to_mean(rows: Tensor) -> Tensor:
+def _cosine_to_mean(rows: Tensor, norm: Tensor) -> Tensor:
+    """Cosines between rows of known norm and their mean over members."""
     mean = rows.mean(1, keepdim=True)
-    return (rows * mean).sum(-1) / (rows.norm(dim=-1) * mean.norm(dim=-1)).clamp_min(1e-6)
+    return (rows * mean).sum(-1) / (norm * mean.norm(dim=-1)).clamp_min(1e-6)
 
 
 def _biases(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:
