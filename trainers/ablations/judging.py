@@ -17,8 +17,8 @@ from zoo.store import Zoo
 REFINED = 25  # steps of refining
 AT_ONCE = 12  # families
 USES = {
-    "refined": f"weights only, {REFINED} steps of refining",
     "at once": "weights only, one pass",
+    "refined": f"weights only, one pass and {REFINED} steps of refining",
     "garbage": "one pass, one member is noise",
     "fewer": "one pass, every other member is left out",
     "inputs": "one pass, members watched on objective images in place of probes",
