@@ -27,6 +27,7 @@ COLUMNS = {  # of the tables: title -> part of the zoo and use
     "half the members": ("test", "fewer"),
     "calibrated": ("test", "inputs"),
 }
+TICKS = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1)
 
 Row = Mapping[str, Any]
 
@@ -234,7 +235,9 @@ def ablations_figure(entries: Sequence[Row]) -> Figure:
             label=SETTINGS[setting].title.replace(", class", ",\nclass"),
         )
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xscale("symlog", linthresh=2)
+    axes.set_xscale("symlog", linthresh=1)  # most differences are small, a few are large
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], fontsize=8)
+    axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(cases)), [f"{part}: {name}" for part, name in cases], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
