@@ -85,7 +85,7 @@ def _features(
     makers, readers = layout.producers(space), layout.consumers(space)
     incoming = [matrices[x.node][:, :, layout.rows(x).part(space)].flatten(3) for x in makers]
     outgoing = [
-        matrices[x.node][:, :, :, layout.columns(x).part(space)].transpose(2, 3).flatten(3)
+        matrices[x.node][:, :, :, layout.columns(x).part(space)].movedim(-1, 3).flatten(2, 3)
         for x in readers
     ]
     like = next(iter(matrices.values()))
@@ -93,11 +93,11 @@ def _features(
     features = [zero] * 10
     if incoming:
         rows = _together(incoming, -1)  # [f, m, n, r]
-        norm = rows.norm(dim=-1)
+        norm = _norm(rows, -1)
         ranks = norm.detach().argsort(-1).argsort(-1) / norm.shape[-1]
         features[:3] = [
             _relative(norm),
-            _cosine_to_mean(rows, norm),
+            _cosine_to_mean(rows, norm, -1),
             ranks - ranks.mean(1, keepdim=True),
         ]
         features[3] = _biases(members, layout, space, zero) / norm.mean(
@@ -114,9 +114,9 @@ def _features(
             _others(members, layout, space, zero),
         ]
     if outgoing:
-        columns = _together(outgoing, -1)
-        norm = columns.norm(dim=-1)
-        features[8:] = [_relative(norm), _cosine_to_mean(columns, norm)]
+        columns = _together(outgoing, 2)  # [f, m, r, n], as they lie in memory
+        norm = _norm(columns, -2)
+        features[8:] = [_relative(norm), _cosine_to_mean(columns, norm, -2)]
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
@@ -146,10 +146,15 @@ def _relative(norm: Tensor) -> Tensor:
     return norm / norm.mean((1, 2), keepdim=True).clamp_min(1e-6) - 1
 
 
-def _cosine_to_mean(rows: Tensor, norm: Tensor) -> Tensor:
-    """Cosines between rows of known norm and their mean over members."""
-    mean = rows.mean(1, keepdim=True)
-    return (rows * mean).sum(-1) / (norm * mean.norm(dim=-1)).clamp_min(1e-6)
+def _norm(values: Tensor, dim: int) -> Tensor:
+    """Norms along an axis; ``torch.norm`` is the faster way only for the last."""
+    return values.norm(dim=dim) if dim == -1 else values.square().sum(dim).clamp_min(1e-24).sqrt()
+
+
+def _cosine_to_mean(values: Tensor, norm: Tensor, dim: int) -> Tensor:
+    """Cosines between vectors of known norm along an axis and their mean over members."""
+    mean = values.mean(1, keepdim=True)
+    return (values * mean).sum(dim) / (norm * _norm(mean, dim)).clamp_min(1e-6)
 
 
 def _biases(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:
