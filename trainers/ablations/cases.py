@@ -69,6 +69,8 @@ CASES = (
     Case("augmentation", "no noise on images", {"noise": 0.0}),
     Case("augmentation", "none of the four", _OUT),
     Case("running average", "none", {"average": 0.0}),
+    Case("steps", "all numbers of members in each", {"groups": 2}),
+    Case("steps", "fused networks in bfloat16", {"precision": "bfloat16"}),
     Case("labels", "none, the soft vote is imitated", {"labels": False}),
     Case("kind", "autoencoder", {"kind": "autoencoder"}),
     Case("kind", "autoencoder, pre-trained", {"kind": "autoencoder", "pretrain": 100}),
