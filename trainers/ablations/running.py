@@ -11,6 +11,7 @@ where it was stopped, and several at once share out ``--settings`` or ``--seeds`
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from trainers.families import Data, Families, load_families, read_data
 from trainers.merger import MergerOptions, fit, make_merger
 from zoo.build import build_with_progress
 from zoo.options import command
+from zoo.parts import TaskSplit
 from zoo.store import Zoo
 
 INPUTS = 300  # objective images that members are watched on where they are
@@ -65,11 +67,13 @@ class Grounds(NamedTuple):
         data: Training and validation families.
         test: Test families with test images.
         inputs: Objective images that members may be watched on.
+        split: The task, which refuses test images while it is guarded.
     """
 
     data: Data
     test: list[Families]
     inputs: Tensor
+    split: TaskSplit
 
 
 def ablate(options: AblationOptions, console: Console) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def _grounds(zoo: Zoo) -> Grounds:
     test = list(load_families(zoo, "test", split.images("test")).values())
     with split.training():
         data = read_data([(zoo, split)], torch.device("cpu"))
-        return Grounds(data, test, split.images("objective")[0][:INPUTS])
+        return Grounds(data, test, split.images("objective")[0][:INPUTS], split)
 
 
 def _row(
@@ -149,7 +153,9 @@ def _row(
         test = unaligned(test, zoo, "test")
     merger = make_merger(options, data.training)
     hold(merger, case.held)
-    best = fit(options, accelerator, Console(quiet=True), data, merger)
+    with ExitStack() as guards:
+        guards.enter_context(grounds.split.training())
+        best, _ = fit(options, accelerator, Console(quiet=True), data, merger, guards)
     merger.load_state_dict(best.weights)
     merger.eval()
     trained = time.perf_counter() - clock
