@@ -146,7 +146,7 @@ def test_differences_are_paired_by_seed_and_the_usual_use_is_chosen_on_validatio
     assert entry["difference"] == pytest.approx(-0.1)  # seed 1: nobody is refined
     whole = found[("", "whole merger"), "test", "usual"]
     assert whole["accuracy"] == pytest.approx((0.75 + 0.75) / 2)  # seed 0: .85 - .1 refined
-    assert "| gate | none |" in markdown(differences(rows))
+    assert "| gate | none (seeds: 1) |" in markdown(differences(rows))
 
 
 # ---------------------------------------------------------------------------- the whole of it
@@ -188,7 +188,7 @@ def test_a_table_is_made_and_what_is_finished_is_not_made_again(small, tmp_path,
     assert again == done
     assert json.loads((tmp_path / "out" / "ablations.json").read_text()) == done
     told = (tmp_path / "out" / "ablations.md").read_text()
-    assert "small digits; 4 validation and 3 test families, 2 seeds:" in told
+    assert "small digits; 4 validation and 3 test families, seeds: 2:" in told
     assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
     assert not list((tmp_path / "out" / "training").iterdir())
 

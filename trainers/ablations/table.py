@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from evaluation.plots import COLOURS
 from trainers.ablations.cases import CASES
 from trainers.ablations.judging import USES
 from trainers.ablations.settings import SETTINGS
+from zoo.style import COLOURS, INK, MARKERS, SMALL, new_figure, tidy
 
 WHOLE = ["", "whole merger"]
 USUAL = "usual"  # refined or not, whatever was better on a seed's validation families
@@ -27,7 +27,7 @@ COLUMNS = {  # of the tables: title -> part of the zoo and use
     "half the members": ("test", "fewer"),
     "calibrated": ("test", "inputs"),
 }
-TICKS = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1)
+TICKS = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2)
 
 Row = Mapping[str, Any]
 
@@ -157,7 +157,7 @@ def markdown(entries: Sequence[Row]) -> str:
         count = {e["part"]: e["families"] for e in own}
         parts += [
             f"{SETTINGS[setting].title}; {count['validation']} validation and {count['test']} test "
-            f"families, {seeds} seeds:",
+            f"families, seeds: {seeds}:",
             "",
         ]
         parts += [f"| part | change | {' | '.join(COLUMNS)} |", f"|---|---|{'---|' * len(COLUMNS)}"]
@@ -169,13 +169,18 @@ def markdown(entries: Sequence[Row]) -> str:
 def _lines(entries: Sequence[Row]) -> dict[str, list[list[str]]]:
     """Setting -> lines of its table: accuracies of the whole merger, differences of the others."""
     lines: dict[str, list[list[str]]] = {}
+    most: dict[str, int] = {}
+    for entry in entries:
+        most[entry["setting"]] = max(most.get(entry["setting"], 0), entry["seeds"])
     for setting, case, own in _grouped(entries):
         shown = [own[column] for column in COLUMNS.values()]
         if case == WHOLE:
             cells = [f"{100 * entry['accuracy']:.1f}" for entry in shown]
         else:
             cells = [_cell(entry) for entry in shown]
-        lines.setdefault(setting, []).append([*case, *cells])
+        seeds = shown[0]["seeds"]
+        fewer = f" (seeds: {seeds})" if seeds < most[setting] else ""
+        lines.setdefault(setting, []).append([case[0], case[1] + fewer, *cells])
     return lines
 
 
@@ -219,8 +224,7 @@ def ablations_figure(entries: Sequence[Row]) -> Figure:
     """
     grouped = [one for one in _grouped(entries) if one[1] != WHOLE]
     cases = [c for c in ([c.part, c.name] for c in CASES) if any(g[1] == c for g in grouped)]
-    height = 0.27 * len(cases) + 1.7
-    figure = Figure(figsize=(8, height), layout="constrained", facecolor="white")
+    figure = new_figure(8, 0.27 * len(cases) + 1.7)
     axes = figure.subplots()
     for place, setting in enumerate(dict.fromkeys(one[0] for one in grouped)):
         own = [(case, by[COLUMNS["test"]]) for name, case, by in grouped if name == setting]
@@ -228,22 +232,18 @@ def ablations_figure(entries: Sequence[Row]) -> Figure:
             [100 * entry["difference"] for _, entry in own],
             [cases.index(case) + 0.3 * (place - 0.5) for case, _ in own],
             xerr=[100 * entry["half_width"] for _, entry in own],
-            fmt="o",
+            fmt=MARKERS[place],
             markersize=4,
             linewidth=1,
             color=COLOURS[place],
-            label=SETTINGS[setting].title.replace(", class", ",\nclass"),
+            label=SETTINGS[setting].title,
         )
-    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)  # most differences are small, a few are large
-    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], fontsize=8)
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.set_xticks([], minor=True)
-    axes.set_yticks(range(len(cases)), [f"{part}: {name}" for part, name in cases], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(
-        "difference to the whole merger in points of test accuracy, 95 % interval", fontsize=9
-    )
-    axes.grid(axis="both", linewidth=0.3, alpha=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", fontsize=7, frameon=False)
+    axes.set_yticks(range(len(cases)), [f"{part}: {name}" for part, name in cases])
+    axes.set_ylim(len(cases) - 0.3, -0.7)
+    tidy(axes, x="difference to the whole merger in points of test accuracy, 95 % interval")
+    figure.legend(fontsize=SMALL, frameon=False, loc="outside lower center")
     return figure
