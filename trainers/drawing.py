@@ -1,7 +1,7 @@
 """What a merger sees in one step: some families, some of their members, some images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Drawing:
 
     Attributes:
         families: Families per step, over all processes.
+        groups: Groups that share a step, at most.
         images: Objective images per step, at most.
         noise: Standard deviation of noise on objective images, in units of the inputs' deviation.
         drop: Share of steps in which some members of every family are left out.
@@ -29,6 +30,7 @@ class Drawing:
     """
 
     families: int
+    groups: int
     images: int
     noise: float
     drop: float
@@ -36,10 +38,14 @@ class Drawing:
     calibrated: float
     labels: bool
 
+    def families_of(self, groups: int) -> int:
+        """Families of every group that takes part in a step, where there are so many groups."""
+        return max(1, self.families // min(self.groups, groups))
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One step.
+    """Families of one group in one step.
 
     Attributes:
         layout: Architecture of the families.
@@ -60,6 +66,33 @@ class Batch:
     watched: Tensor | None
 
 
+def draw_step(
+    step: int,
+    seed: int,
+    groups: Sequence[Families],
+    drawing: Drawing,
+    objective: ThresholdObjective,
+    share: tuple[int, int] = (0, 1),
+) -> list[Batch]:
+    """Draw a step; it follows from seed and step alone, so a resumed run repeats it.
+
+    Args:
+        step: Number of the step.
+        seed: Seed of the training.
+        groups: Families of all zoos and sizes.
+        drawing: How to draw.
+        objective: What thresholds are relative to.
+        share: Number of this process, and of all of them: each takes a part of the families.
+
+    Returns:
+        A batch for every group that takes part; those that do not are next.
+    """
+    parts = min(drawing.groups, len(groups))
+    own = replace(drawing, families=drawing.families_of(len(groups)))
+    turns = range(step * parts, (step + 1) * parts)
+    return [draw(one, seed, groups, own, objective, share) for one in turns]
+
+
 def draw(
     step: int,
     seed: int,
@@ -68,10 +101,10 @@ def draw(
     objective: ThresholdObjective,
     share: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """Draw a step; it follows from seed and step alone, so a resumed run repeats it.
+    """Draw families of the group whose turn it is.
 
     Args:
-        step: Number of the step.
+        step: Number of the turn.
         seed: Seed of the training.
         groups: Families of all zoos and sizes, which take turns in random order.
         drawing: How to draw.
@@ -79,7 +112,7 @@ def draw(
         share: Number of this process, and of all of them: each takes a part of the families.
 
     Returns:
-        The step.
+        The batch.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     group = groups[turn(step, seed, len(groups))]

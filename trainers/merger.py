@@ -32,22 +32,21 @@ from metamerge.mergers import (
     GNNMerger,
     Merger,
     ThresholdObjective,
-    consensus,
     probe_start,
 )
-from metamerge.structure import run
-from trainers.drawing import Batch, Drawing, draw
+from trainers.drawing import Drawing, draw_step
 from trainers.families import Data, Families, read_data
 from trainers.finishing import finish
 from trainers.launching import launched
 from trainers.outcome import Outcome, restore, snapshot
 from trainers.pretraining import pretrain
 from trainers.resume import load_state, save_state
+from trainers.stepping import Step
 from trainers.validating import Goal, validate
 from zoo.build import build_with_progress
 from zoo.options import parse
 from zoo.parts import TaskSplit
-from zoo.recipe import ZooOptions
+from zoo.recipe import PRECISIONS, ZooOptions
 from zoo.store import Zoo, load_zoo
 
 KINDS = ("gnn", "autoencoder")
@@ -79,12 +78,14 @@ class MergerOptions:
     target: float = 0.9  # stop when the lower Wilson bound of families above threshold reaches this
     steps: int = 300  # steps at most
     families: int = 16  # families per step, over all processes
+    groups: int = 1  # zoos and sizes that share a step and its families, the others wait their turn
     images: int = 512  # objective images per step, at most
     noise: float = 0.5  # noise on objective images, in standard deviations of the inputs
     drop: float = 0.2  # share of steps in which some members are left out
     garbage: float = 0.25  # share of steps in which one member is noise
     calibrated: float = 0.2  # share of steps on objective images in place of probes
     lr: float = 3e-3  # learning rate of AdamW at the start; falls to zero over the steps
+    precision: str = "float32"  # of the fused networks' products in the loss, or bfloat16
     average: float = 0.95  # decay of the running average of parameters; 0 switches it off
     seed: int = 0  # seed of init and batches
     eval_every: int = 25  # steps between two looks at the validation families
@@ -102,9 +103,11 @@ class MergerOptions:
         self.objective()
         if self.kind not in KINDS:
             raise ConfigError(f"kind: expected one of {KINDS}, got {self.kind!r}.")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision: expected one of {PRECISIONS}, got {self.precision!r}.")
         if self.pretrain and self.kind != "autoencoder":
             raise ConfigError("pretrain: only --kind autoencoder reconstructs its members.")
-        for name in ("probes", "width", "steps", "families", "images", "lr"):
+        for name in ("probes", "width", "steps", "families", "groups", "images", "lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if self.prior and self.prior % 2 == 0:
@@ -127,7 +130,7 @@ class MergerOptions:
     def drawing(self) -> Drawing:
         """How steps are drawn."""
         shares = (self.drop, self.garbage, self.calibrated)
-        return Drawing(self.families, self.images, self.noise, *shares, self.labels)
+        return Drawing(self.families, self.groups, self.images, self.noise, *shares, self.labels)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -172,17 +175,6 @@ def make_merger(options: MergerOptions, groups: Sequence[Families]) -> Merger:
 # training
 
 
-def train_step(
-    merger: torch.nn.Module, batch: Batch, objective: ThresholdObjective, share: float
-) -> Tensor:
-    """Merge, run the fused networks on objective images, compare with the thresholds."""
-    fused, trust = merger(batch.members, batch.layout, batch.watched)
-    logits = run(batch.layout.program, fused, [batch.inputs], stacked=True)  # [f, b, c]
-    loss, _ = objective.loss(logits, batch.targets, batch.thresholds)
-    said = consensus(trust, batch.answers)  # trains the gate without the detour of a network
-    return loss + share * objective.loss(said, batch.targets, batch.thresholds)[0]
-
-
 def main() -> None:
     """Entry point of ``accelerate launch trainers/merger.py``."""
     options = parse(MergerOptions, prog="accelerate launch trainers/merger.py")
@@ -219,10 +211,11 @@ def fit(
         options.objective(),
         options.drawing(),
     )
-    fewest = min(options.families, *(len(group) for group in data.training))
+    each = drawing.families_of(len(data.training))
+    fewest = min(each, *(len(group) for group in data.training))
     if fewest < world:
         raise ConfigError(
-            f"families: a step has {fewest}, one for each of {world} processes is needed."
+            f"families: a step has {fewest} of a kind, one for each of {world} processes is needed."
         )
     states, mark = Path(f"{options.out}.state"), fingerprint(options, data.digests)
     optimizer = torch.optim.AdamW(parameter_groups(merger, options.lr), weight_decay=0.0)
@@ -234,7 +227,8 @@ def fit(
     if start:
         console.print(f"[bold]merger[/] resumed at step {start} of {options.steps}")
     merger, averaged = merger.to(accelerator.device), averaged.to(accelerator.device)
-    model, optimizer = accelerator.prepare(merger, optimizer)
+    model = Step(merger, objective, options.consensus, options.precision)
+    model, optimizer = accelerator.prepare(model, optimizer)
     clock = time.perf_counter() - best.seconds
     tracking = track(
         f"train {options.out}",
@@ -253,10 +247,10 @@ def fit(
             if best.stopped:
                 break
             share = (accelerator.process_index, world)
-            batch = draw(step, options.seed, data.training, drawing, objective, share)
+            batches = draw_step(step, options.seed, data.training, drawing, objective, share)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / options.steps)
-            loss = train_step(model, batch, objective, options.consensus)
+            loss = model(batches)
             optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(merger.parameters(), 1.0)

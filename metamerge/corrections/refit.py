@@ -10,7 +10,7 @@ gives them back unchanged, and every step can be differentiated through.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +168,37 @@ def mixed_target(observed: Tensor, mixing: Tensor, gain: Tensor | float = 1.0) -
 
 def _std(values: Tensor, dim: int) -> Tensor:
     """Standard deviation that can be differentiated where a unit is constant."""
-    return (values.var(dim, correction=0) + 1e-8).sqrt()
+    return (variance(values, dim) + 1e-8).sqrt()
+
+
+def variance(values: Tensor, dim: int) -> Tensor:
+    """Variance along any axis but the last, for which ``torch.var`` takes several times as long.
+
+    Args:
+        values: Any tensor.
+        dim: The axis.
+
+    Returns:
+        The same without that axis.
+    """
+    return _Variance.apply(values, dim)
+
+
+class _Variance(torch.autograd.Function):
+    """The derivative of ``torch.var``, and a way to its value by whole rows."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.dim = dim
+        centred = values - values.mean(dim, keepdim=True)
+        return centred.mul_(centred).mean(dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (values,) = ctx.saved_tensors
+        centred = values - values.mean(ctx.dim, keepdim=True)
+        return centred * (grad * (2 / values.shape[ctx.dim])).unsqueeze(ctx.dim), None
 
 
 def _rescale(layer: Layer, weights: Weights, current: Tensor, target: Target) -> Weights:

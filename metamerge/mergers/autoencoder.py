@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from metamerge.corrections.refit import variance
 from metamerge.mergers.gate import TOLD, CompetenceGate
 from metamerge.mergers.latents import LatentCoder, Latents, row_states
 from metamerge.mergers.messages import MessageRound
 from metamerge.mergers.probes import Probes
-from metamerge.mergers.reading import Fusion, finish, read_members, variance_over_members, zero_head
+from metamerge.mergers.reading import Fusion, finish, read_members, zero_head
 from metamerge.mergers.tokens import UNIT_FEATURES
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.structure.units import mix_units
@@ -124,7 +125,7 @@ class AutoencoderMerger(nn.Module):
             said = self._said(layer, layout, latents[layer.node], states, mixing, members)
             keys = (layer.weight, layer.bias) if layer.bias else (layer.weight,)
             for key, (whole, change) in zip(keys, said, strict=False):
-                deviation = (variance_over_members(members[key]) + 1e-12).sqrt()
+                deviation = (variance(members[key], 1) + 1e-12).sqrt()
                 bounded = (deviation - 1e-6) * (change / deviation).tanh()
                 fused[key] = fused[key] + bounded if self.config.skip else whole
         return fused

@@ -7,13 +7,30 @@ Learning Equivariant Representations of Neural Networks", arXiv:2403.12143) hold
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-Edges = Sequence[tuple[Sequence[str], Sequence[str], Tensor]]
 Received = dict[str, tuple[Tensor, Tensor]]
+
+
+class Edge(NamedTuple):
+    """The edges of a layer.
+
+    Attributes:
+        sources: Spaces of its inputs, one after another.
+        targets: Spaces of its outputs, one after another.
+        matrix: Weights between the units of these spaces, ``[f, m, rows, columns]``.
+        size: What a weight is measured by, the root of their mean square, ``[f, 1, 1, 1]``.
+    """
+
+    sources: Sequence[str]
+    targets: Sequence[str]
+    matrix: Tensor
+    size: Tensor
 
 
 class LinearMessage(MessagePassing):
@@ -44,17 +61,25 @@ class LinearMessage(MessagePassing):
         """Sender's state times the weight of the edge."""
         return edge_weight[:, None] * x_j
 
-    def dense(self, x: Tensor, matrix: Tensor) -> Tensor:
+    def dense(self, x: Tensor, matrix: Tensor, *, shared: bool = False) -> Tensor:
         """The dense path: all edges of a layer as one batched product.
 
         Args:
-            x: States of the senders ``[..., columns, width]``.
-            matrix: Weights ``[..., rows, columns]``.
+            x: States of the senders ``[f, m, columns, width]``; ``[f, 1, columns, width]`` where
+                all members share them.
+            matrix: Weights ``[f, m, rows, columns]``.
+            shared: Whether all members share the receivers, who take the mean.
 
         Returns:
-            ``[..., rows, width]``.
+            ``[f, m, rows, width]``, or ``[f, 1, rows, width]`` with ``shared``.
         """
-        return matrix @ self.lin(x)
+        x, (members, rows) = self.lin(x), matrix.shape[1:3]
+        if shared and x.shape[1] == members:  # the sum over members is part of the product
+            flat = matrix.mT.flatten(1, 2).mT @ (x / members).flatten(1, 2)
+            return flat[:, None]
+        if x.shape[1] < members:
+            return (matrix.flatten(1, 2) @ x[:, 0]).unflatten(1, (members, rows))
+        return matrix @ x
 
 
 class MessageRound(nn.Module):
@@ -73,7 +98,7 @@ class MessageRound(nn.Module):
     def forward(
         self,
         states: dict[str, Tensor],
-        edges: Edges,
+        edges: Sequence[Edge],
         *,
         sparse: bool = False,
     ) -> dict[str, Tensor]:
@@ -82,33 +107,39 @@ class MessageRound(nn.Module):
         Args:
             states: Space -> ``[f, m, n, width]``, or ``[f, 1, n, width]`` for units that all
                 members share, as they do their inputs.
-            edges: Per layer: source spaces, target spaces, scaled weights ``[f, m, rows, columns]``
-                between the units of these spaces, one space after the other.
+            edges: Those of every layer.
             sparse: Whether to build one PyG graph instead of one product per layer.
 
         Returns:
             New states, same shapes.
         """
         received = self._sparse(states, edges) if sparse else self._dense(states, edges)
+        first, *rest = self.update
         updated = {}
         for space, state in states.items():
+            told = torch.cat([state, *received[space]], -1)
             pooled = torch.cat([state.mean(1, keepdim=True), state.amax(1, keepdim=True)], -1)
-            pooled = pooled.expand(-1, state.shape[1], -1, -1)
-            told = torch.cat([state, *received[space], pooled], -1)
-            updated[space] = state + self.update(told)
+            own, common = first.weight.split((told.shape[-1], pooled.shape[-1]), 1)
+            change = F.linear(told, own, first.bias) + F.linear(pooled, common)
+            for part in rest:
+                change = part(change)
+            updated[space] = state + change
         return updated
 
-    def _dense(self, states: dict[str, Tensor], edges: Edges) -> Received:
+    def _dense(self, states: dict[str, Tensor], edges: Sequence[Edge]) -> Received:
         along = {space: torch.zeros_like(state) for space, state in states.items()}
         back = dict(along)
-        for sources, targets, matrix in edges:
+        for sources, targets, matrix, size in edges:
             rows, columns = matrix.shape[-2:]
-            given = (_joined(states, sources), _joined(states, targets))
-            _add(along, targets, self.along.dense(given[0], matrix / columns**0.5))
-            _add(back, sources, self.back.dense(given[1], matrix.mT / rows**0.5))
+            given, asked = _joined(states, sources), _joined(states, targets)
+            said = self.along.dense(given / (size * columns**0.5), matrix)
+            _add(along, targets, said)
+            shared = all(states[space].shape[1] < matrix.shape[1] for space in sources)
+            said = self.back.dense(asked / (size * rows**0.5), matrix.mT, shared=shared)
+            _add(back, sources, said)
         return {space: (along[space], back[space]) for space in states}
 
-    def _sparse(self, states: dict[str, Tensor], edges: Edges) -> Received:
+    def _sparse(self, states: dict[str, Tensor], edges: Sequence[Edge]) -> Received:
         places, total = {}, 0  # number of every node in the one graph
         for space, state in states.items():
             count = state.shape[:3].numel()
@@ -120,15 +151,15 @@ class MessageRound(nn.Module):
             for space, state in states.items()
         }
         senders, receivers, forward, backward = [], [], [], []
-        for sources, targets, matrix in edges:
+        for sources, targets, matrix, size in edges:
             rows, columns = matrix.shape[-2:]
             to = _joined(places, targets)[..., :, None].expand(matrix.shape)
             come = _joined(places, sources)[..., None, :].expand(matrix.shape)
             shares = _joined(share, targets)[..., :, None], _joined(share, sources)[..., None, :]
             receivers.append(to.flatten())
             senders.append(come.flatten())
-            forward.append((matrix / columns**0.5 * shares[0]).flatten())
-            backward.append((matrix / rows**0.5 * shares[1]).flatten())
+            forward.append((matrix / (size * columns**0.5) * shares[0]).flatten())
+            backward.append((matrix / (size * rows**0.5) * shares[1]).flatten())
         x = torch.cat([state.flatten(0, 2) for state in states.values()])
         if edges:
             edge_index = torch.stack([torch.cat(senders), torch.cat(receivers)])

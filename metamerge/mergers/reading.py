@@ -1,13 +1,14 @@
 """What all mergers share: states of units, mixing coefficients, competence, and the refit."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metamerge.corrections.refit import Target, construct, mixed_target, observe
+from metamerge.corrections.refit import Target, construct, mixed_target, observe, variance
 from metamerge.mergers.gate import TOLD, CompetenceGate, consensus
+from metamerge.mergers.messages import Edge
 from metamerge.mergers.tokens import unit_tokens
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.structure.layers import INPUTS
@@ -64,11 +65,10 @@ def read_members(
     probes = merger.probes.for_members(members, layout) if inputs is None else inputs
     observed = observe(members, layout, probes)
     states = read_units(members, layout, observed, merger.embed, merger.rounds, sparse=sparse)
-    variance = {x.weight: variance_over_members(members[x.weight]) for x in layout.layers}
+    varying = {x.weight: variance(members[x.weight], 1) for x in layout.layers}
     mixing = mixing_of(states, merger.mix)
-    return Reading(
-        probes, observed, states, mixing, variance, disagreement(members, layout, variance)
-    )
+    spread = disagreement(members, layout, varying)
+    return Reading(probes, observed, states, mixing, varying, spread)
 
 
 def finish(
@@ -233,9 +233,7 @@ def fit(
     return construct(fused, observed, layout, probes, targets=targets, ridge=ridge)
 
 
-def weight_edges(
-    members: Weights, layout: Layout
-) -> list[tuple[Sequence[str], Sequence[str], Tensor]]:
+def weight_edges(members: Weights, layout: Layout) -> list[Edge]:
     """The edges along which messages pass.
 
     Args:
@@ -243,27 +241,27 @@ def weight_edges(
         layout: Layers of their architecture.
 
     Returns:
-        Per layer its source spaces, its target spaces, and its weights ``[f, m, rows, columns]``,
-        summed over taps and of mean square 1.
+        One per layer, with weights that are summed over taps.
     """
     edges = []
     for layer in layout.layers:
         matrix = layout.matrix(layer, members[layer.weight])  # [f, m, rows, columns, rest]
-        matrix = matrix.sum(-1) / matrix.shape[-1] ** 0.5
-        scale = matrix.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
-        edges.append((layer.sources, layer.targets, matrix / scale))
+        taps = matrix.shape[-1]
+        matrix = matrix.squeeze(-1) if taps == 1 else matrix.sum(-1) / taps**0.5
+        size = root_mean_square(matrix).clamp_min(1e-6)[:, None, None, None]
+        edges.append(Edge(layer.sources, layer.targets, matrix, size))
     return edges
 
 
 def disagreement(
-    members: Weights, layout: Layout, variance: Mapping[str, Tensor] | None = None
+    members: Weights, layout: Layout, known: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """How far members differ: their variance over their mean square, per layer, in [0, 1).
 
     Args:
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of the architecture.
-        variance: Key of a layer's weight -> its variance over members, where that is known.
+        known: Key of a layer's weight -> its variance over members, where that is known.
 
     Returns:
         Key of the layer's weight -> ``[f]``; 0 where all members are equal.
@@ -271,22 +269,22 @@ def disagreement(
     spread = {}
     for layer in layout.layers:
         weight = members[layer.weight]
-        own = variance_over_members(weight) if variance is None else variance[layer.weight]
-        square = weight.square().flatten(1).mean(1).clamp_min(1e-12)
+        own = variance(weight, 1) if known is None else known[layer.weight]
+        square = root_mean_square(weight).square().clamp_min(1e-12)
         spread[layer.weight] = own.flatten(1).mean(1) / square
     return spread
 
 
-def variance_over_members(values: Tensor) -> Tensor:
-    """Variance over members, for which ``torch.var`` takes many times as long.
+def root_mean_square(values: Tensor) -> Tensor:
+    """Size of all that a family has of one kind.
 
     Args:
-        values: ``[f, m, ...]``.
+        values: ``[f, ...]``.
 
     Returns:
-        ``[f, ...]``.
+        ``[f]``.
     """
-    return (values - values.mean(1, keepdim=True)).square().mean(1)
+    return values.flatten(1).norm(dim=1) / values[0].numel() ** 0.5
 
 
 def zero_head(width: int, outputs: int) -> nn.Linear:

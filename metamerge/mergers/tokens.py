@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metamerge.corrections.refit import variance
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.weights import Weights
 
@@ -84,38 +85,44 @@ def _features(
     makers, readers = layout.producers(space), layout.consumers(space)
     incoming = [matrices[x.node][:, :, layout.rows(x).part(space)].flatten(3) for x in makers]
     outgoing = [
-        matrices[x.node][:, :, :, layout.columns(x).part(space)].transpose(2, 3).flatten(3)
+        matrices[x.node][:, :, :, layout.columns(x).part(space)].movedim(-1, 3).flatten(2, 3)
         for x in readers
     ]
     like = next(iter(matrices.values()))
     zero = like.new_zeros(*like.shape[:2], layout.spaces[space])
     features = [zero] * 10
     if incoming:
-        rows = torch.cat(incoming, -1)  # [f, m, n, r]
-        norm = rows.norm(dim=-1)
+        rows = _together(incoming, -1)  # [f, m, n, r]
+        norm = _norm(rows, -1)
         ranks = norm.detach().argsort(-1).argsort(-1) / norm.shape[-1]
         features[:3] = [
             _relative(norm),
-            _cosine_to_mean(rows),
+            _cosine_to_mean(rows, norm, -1),
             ranks - ranks.mean(1, keepdim=True),
         ]
         features[3] = _biases(members, layout, space, zero) / norm.mean(
             (1, 2), keepdim=True
         ).clamp_min(1e-6)
         # producers of one space may see maps of different sizes: their rows stand one after another
-        values = torch.cat([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
-        spread = values.std(2, correction=0)
+        values = _together([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
+        spread = (variance(values, 2) + 1e-16).sqrt()
         typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
         features[4:8] = [
             values.mean(2) / typical,
             spread / typical,
-            (values / typical[:, :, None]).sigmoid().mean(2),
+            (values * (1 / typical[:, :, None])).sigmoid().mean(2),
             _others(members, layout, space, zero),
         ]
     if outgoing:
-        columns = torch.cat(outgoing, -1)
-        features[8:] = [_relative(columns.norm(dim=-1)), _cosine_to_mean(columns)]
+        columns = _together(outgoing, 2)  # [f, m, r, n], as they lie in memory
+        norm = _norm(columns, -2)
+        features[8:] = [_relative(norm), _cosine_to_mean(columns, norm, -2)]
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
+
+
+def _together(parts: list[Tensor], dim: int) -> Tensor:
+    """What several layers say of a space; without a copy where there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _of_space(values: Tensor, layout: Layout, layer: Layer, space: str) -> Tensor:
@@ -139,9 +146,15 @@ def _relative(norm: Tensor) -> Tensor:
     return norm / norm.mean((1, 2), keepdim=True).clamp_min(1e-6) - 1
 
 
-def _cosine_to_mean(rows: Tensor) -> Tensor:
-    mean = rows.mean(1, keepdim=True)
-    return (rows * mean).sum(-1) / (rows.norm(dim=-1) * mean.norm(dim=-1)).clamp_min(1e-6)
+def _norm(values: Tensor, dim: int) -> Tensor:
+    """Norms along an axis; ``torch.norm`` is the faster way only for the last."""
+    return values.norm(dim=dim) if dim == -1 else values.square().sum(dim).clamp_min(1e-24).sqrt()
+
+
+def _cosine_to_mean(values: Tensor, norm: Tensor, dim: int) -> Tensor:
+    """Cosines between vectors of known norm along an axis and their mean over members."""
+    mean = values.mean(1, keepdim=True)
+    return (values * mean).sum(dim) / (norm * _norm(mean, dim)).clamp_min(1e-6)
 
 
 def _biases(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:

@@ -224,17 +224,17 @@ def _linear(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor |
     if not weight.stacked or (bias is not None and not bias.stacked):
         return None
     n, out, fan_in = weight.value.shape
-    rows = (
-        x.value.reshape(n, -1, fan_in)
-        if x.stacked
-        else x.value.reshape(1, -1, fan_in).expand(n, -1, -1)
-    )
+    if not x.stacked:  # one product with the rows of all networks
+        rows, every = x.value.reshape(-1, fan_in), weight.value.flatten(0, 1).T  # [r, i], [i, n o]
+        y = rows @ every if bias is None else torch.addmm(bias.value.flatten(), rows, every)
+        return y.reshape(*x.value.shape[:-1], n, out).movedim(-2, 0)
+    rows = x.value.reshape(n, -1, fan_in)
     columns = weight.value.transpose(1, 2)  # [n, i, o]
     if bias is None:
         y = torch.bmm(rows, columns)
     else:
         y = torch.baddbmm(bias.value[:, None], rows, columns)
-    return y.reshape(n, *x.value.shape[int(x.stacked) : -1], out)
+    return y.reshape(n, *x.value.shape[1:-1], out)
 
 
 def _conv2d(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""The ridge regression behind refit, beside its normal equations."""
+"""The ridge regression behind refit, beside its normal equations; variances, beside torch's."""
 
 import pytest
 import torch
 
-from metamerge.corrections.refit import solve_ridge
+from metamerge.corrections.refit import solve_ridge, variance
 
 
 def ridge_problem(rows, columns):
@@ -78,3 +78,17 @@ def test_ridge_regression_can_be_differentiated_in_both_forms(rows, columns):
     ridge = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     arguments = inputs.requires_grad_(), targets.requires_grad_(), ridge
     assert torch.autograd.gradcheck(solve_ridge, arguments)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_variances_and_their_gradients_are_those_of_torch(dim):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    expected = values.var(dim, correction=0)
+    assert torch.allclose(variance(values, dim), expected, atol=1e-14)
+    along = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    found, wanted = (
+        torch.autograd.grad(v, values, along)[0] for v in (variance(values, dim), expected)
+    )
+    assert torch.allclose(found, wanted, atol=1e-14)
+    assert torch.autograd.gradgradcheck(lambda v: variance(v, dim), values)

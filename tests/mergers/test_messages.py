@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metamerge.mergers.messages import LinearMessage, MessageRound
+from metamerge.mergers.messages import Edge, LinearMessage, MessageRound
 
 WIDTH, FAMILIES, MEMBERS = 6, 2, 3
 SIZES = {"inputs": 5, "hidden": 4, "outputs": 2}
@@ -28,10 +28,11 @@ def make_graph(dtype=torch.float32, device="cpu"):
 
     states = {space: draw(n, WIDTH) for space, n in SIZES.items()}
     states["inputs"] = states["inputs"][:, :1]  # all members read the same inputs
-    edges = [
-        (come, to, draw(sum(SIZES[s] for s in to), sum(SIZES[s] for s in come)))
-        for come, to in LAYERS
-    ]
+    edges = []
+    for number, (come, to) in enumerate(LAYERS, 1):
+        weights = draw(sum(SIZES[s] for s in to), sum(SIZES[s] for s in come))
+        size = torch.full((FAMILIES, 1, 1, 1), 1 + number / 10, dtype=dtype, device=device)
+        edges.append(Edge(come, to, weights, size))
     return states, edges
 
 
@@ -52,7 +53,8 @@ def test_a_message_of_two_edges():
     with torch.no_grad():
         message.lin.weight.fill_(2.0)
     states, weights = torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0, -0.5]])
-    assert message.dense(states, weights).tolist() == [[2.0]]  # 2 * 3 * 1 - 2 * 4 * 0.5
+    dense = message.dense(states[None, None], weights[None, None])
+    assert dense.flatten().tolist() == [2.0]  # 2 * 3 * 1 - 2 * 4 * 0.5
     # The same edges from nodes 0 and 1 to node 2.
     index, nodes = torch.tensor([[0, 1], [2, 2]]), torch.cat([states, torch.zeros(1, 1)])
     assert message(nodes, index, weights[0]).flatten().tolist() == [0.0, 0.0, 2.0]
@@ -73,12 +75,12 @@ def test_a_round_equals_a_loop_over_edges(sparse):
     along, back = (
         {space: torch.zeros_like(state) for space, state in own.items()} for _ in range(2)
     )
-    for come, to, weights in edges:
+    for come, to, weights, size in edges:
         rows = [(space, i) for space in to for i in range(SIZES[space])]
         columns = [(space, j) for space in come for j in range(SIZES[space])]
         for r, (target, i) in enumerate(rows):
             for c, (source, j) in enumerate(columns):
-                w = weights[:, :, r, c, None]
+                w = weights[:, :, r, c, None] / size[..., 0]
                 sent, answered = own[source][:, :, j], own[target][:, :, i]
                 along[target][:, :, i] += w / len(columns) ** 0.5 * update.along.lin(sent)
                 back[source][:, :, j] += w / len(rows) ** 0.5 * update.back.lin(answered)
@@ -100,9 +102,9 @@ def test_messages_stay_within_their_network(sparse):
     with torch.no_grad():
         update.update[0].weight[:, 3 * WIDTH :] = 0  # no pooling over members
     before = update(states, edges, sparse=sparse)
-    changed = [(come, to, weights.clone()) for come, to, weights in edges]
-    for _, _, weights in changed:
-        weights[0, 1] += 1
+    changed = [edge._replace(matrix=edge.matrix.clone()) for edge in edges]
+    for edge in changed:
+        edge.matrix[0, 1] += 1
     after = update(states, changed, sparse=sparse)
     for space in ("hidden", "outputs"):
         moved = (after[space] - before[space]).abs().amax((2, 3)) > 1e-3
@@ -137,7 +139,7 @@ def test_members_hear_of_each_other_and_families_do_not():
 
 def test_messages_are_linear_in_the_weight():
     states, edges = make_graph(torch.float64)
-    (come,), _, weights = edges[0]
+    (come,), _, weights, _ = edges[0]
     message = make_round(torch.float64).along
     single, double = (message.dense(states[come], factor * weights) for factor in (1, 2))
     assert torch.allclose(double, 2 * single, atol=1e-12)
@@ -153,7 +155,8 @@ def test_the_mean_message_does_not_grow_with_the_fan_in():
             "outputs": torch.zeros(1, 1, 200, WIDTH),
         }
         weights = torch.randn(1, 1, 200, columns, generator=generator)
-        received = update._dense(states, [(("inputs",), ("outputs",), weights)])["outputs"][0]
+        edge = Edge(("inputs",), ("outputs",), weights, torch.ones(1, 1, 1, 1))
+        received = update._dense(states, [edge])["outputs"][0]
         sizes[columns] = float(received.std())
     assert sizes[1024] == pytest.approx(sizes[16], rel=0.3)
 

@@ -8,7 +8,6 @@ from metamerge.mergers.reading import (
     disagreement,
     mixing_of,
     trust_in,
-    variance_over_members,
     weight_edges,
     zero_head,
 )
@@ -60,20 +59,19 @@ def test_fresh_heads_mix_all_members_alike():
 def test_an_edge_carries_the_sum_of_its_taps():
     layout = layout_of(nn.Sequential(nn.Conv2d(1, 2, (1, 2), bias=False)), 1, 4, 4)
     weight = torch.tensor([[1.0, 2.0], [3.0, -3.0]]).reshape(1, 1, 2, 1, 1, 2)
-    ((sources, targets, matrix),) = weight_edges({"0.weight": weight}, layout)
+    ((sources, targets, matrix, size),) = weight_edges({"0.weight": weight}, layout)
     assert len(sources) == 1
     assert targets == (OUTPUTS,)
-    # Sums 3 and 0 over the root of 2 taps, then divided by the root of their mean square.
-    assert matrix.flatten().tolist() == pytest.approx([2**0.5, 0.0])
+    # Sums 3 and 0 over the root of 2 taps, measured by the root of their mean square.
+    assert (matrix / size).flatten().tolist() == pytest.approx([2**0.5, 0.0])
 
 
 def test_edges_do_not_see_the_scale_of_a_layer(case):
     before = weight_edges(case.members, case.layout)
     scaled = {key: 64 * tensor for key, tensor in case.members.items()}
-    for (_, _, matrix), (_, _, other) in zip(
-        before, weight_edges(scaled, case.layout), strict=True
-    ):
-        assert torch.allclose(matrix, other, atol=1e-5)
+    for one, other in zip(before, weight_edges(scaled, case.layout), strict=True):
+        matrix = one.matrix / one.size
+        assert torch.allclose(matrix, other.matrix / other.size, atol=1e-5)
         square = matrix.square().mean((1, 2, 3))
         assert square.tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
 
@@ -107,12 +105,6 @@ def test_disagreement_is_below_one_and_grows_with_the_distance(case):
     for key in spread:
         assert (spread[key] < further[key]).all()
         assert (further[key] < 1).all()
-
-
-def test_the_variance_over_members_is_that_of_torch():
-    values = torch.randn(3, 5, 4, 2, generator=torch.Generator().manual_seed(0)).double()
-    expected = values.var(1, correction=0)
-    assert torch.allclose(variance_over_members(values), expected, atol=1e-14)
 
 
 # ---------------------------------------------------------------------------- competence

@@ -7,12 +7,12 @@ import torch
 
 from metamerge.mergers import ThresholdObjective
 from metamerge.structure import run
-from trainers.drawing import Drawing, draw
+from trainers.drawing import Drawing, draw, draw_step
 from trainers.families import thresholds_of
 from zoo.variants import Variants
 
 PLAIN = Drawing(
-    families=6, images=50, noise=0.0, drop=0.0, garbage=0.0, calibrated=0.0, labels=True
+    families=6, groups=1, images=50, noise=0.0, drop=0.0, garbage=0.0, calibrated=0.0, labels=True
 )
 EVERYTHING = replace(PLAIN, noise=0.5, drop=0.5, garbage=0.5, calibrated=0.5)
 OBJECTIVE = ThresholdObjective("ensemble", 0.01)
@@ -95,6 +95,25 @@ def test_groups_take_turns_in_random_order(groups):
     rounds = [tuple(sizes[i : i + 3]) for i in range(0, len(sizes), 3)]
     assert {tuple(sorted(turn)) for turn in rounds} == {(2, 3, 4)}
     assert len(set(rounds)) > 3
+
+
+def test_a_step_of_one_group_is_the_draw_of_its_number(groups):
+    for step in range(4):
+        (batch,) = draw_step(step, 0, groups, EVERYTHING, OBJECTIVE)
+        assert equal(batch, draw(step, 0, groups, EVERYTHING, OBJECTIVE))
+
+
+@pytest.mark.parametrize("together", [2, 3, 8])
+def test_groups_that_share_a_step_share_its_families(groups, together):
+    """6 families are shared out among 2 or 3 groups; there are no more than 3."""
+    drawing = replace(PLAIN, groups=together)
+    seen = []
+    for step in range(6):
+        batches = draw_step(step, 0, groups, drawing, OBJECTIVE)
+        assert sum(len(batch.answers) for batch in batches) == 6
+        seen += [batch.answers.shape[1] for batch in batches]
+    for start in range(0, len(seen) - 2, 3):  # nobody comes twice before all others came once
+        assert sorted(seen[start : start + 3]) == [2, 3, 4]
 
 
 # ---------------------------------------------------------------------------- processes

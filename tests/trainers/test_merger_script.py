@@ -269,7 +269,8 @@ def test_two_processes_reach_what_one_reaches(trained, zoo, place, launch, two_p
 def test_one_merger_learns_from_several_zoos(zoo, place, monkeypatch, capsys):
     other = build(replace(SMALL_ZOO, out=str(place / "wide"), widths=(24,), relabel=True, seed=1))
     arguments = ("--zoo", str(zoo.folder), str(other.folder), "--out", str(place / "both"))
-    settings = (*SMALL, "--steps", "20", "--no-labels", "--no-tracking")
+    together = ("--groups", "2", "--precision", "bfloat16")
+    settings = (*SMALL, "--steps", "20", "--no-labels", "--no-tracking", *together)
     monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments, *settings])
     code = 0
     try:
@@ -320,6 +321,8 @@ def test_a_launch_without_a_config_file_works(place, launch):
         (["--drop", "-0.1"], "drop: expected 0 to 1, got -0.1"),
         (["--average", "2"], "average: expected 0 to 1, got 2"),
         (["--kind", "mean"], "kind: expected one of ('gnn', 'autoencoder'), got 'mean'"),
+        (["--groups", "0"], "groups: expected more than 0, got 0"),
+        (["--precision", "half"], "precision: expected one of ('float32', 'bfloat16'), got 'half'"),
         (["--pretrain", "5"], "pretrain: only --kind autoencoder reconstructs its members"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

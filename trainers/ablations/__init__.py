@@ -1,0 +1,1 @@
+"""Ablations: what every part of a merger earns; ``python -m trainers.ablations``."""

@@ -1,0 +1,49 @@
+"""The two settings that ablations are measured in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.recipe import ZooOptions
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Families and how long mergers learn from them.
+
+    Attributes:
+        title: What it is.
+        zoo: Its zoo.
+        options: Options of ``trainers/merger.py`` that differ from the defaults.
+    """
+
+    title: str
+    zoo: ZooOptions
+    options: Mapping[str, Any]
+
+
+_SHORT = {"target": 1.0, "tracking": False, "save_every": 10_000}
+SETTINGS = {
+    "digits": Setting(
+        "digits, MLP 64-32-10, Dirichlet 0.4, K=4 and 8",
+        ZooOptions(members=(4, 8)),
+        {**_SHORT, "families": 8, "steps": 100, "eval_every": 50},
+    ),
+    "fashion-skewed": Setting(
+        "Fashion-MNIST, MLP 784-64-10, Dirichlet 0.3, 1,500 images per segment, class names "
+        "permuted per family, K=4",
+        ZooOptions(
+            task="fashion-mnist",
+            objective=6666,
+            relabel=True,
+            widths=(64,),
+            members=(4,),
+            alpha=(0.3,),
+            segment_size=1500,
+            epochs=(10.0,),
+            lr=(3e-3,),
+            train_families=96,
+        ),
+        {**_SHORT, "prior": 7, "families": 6, "images": 256, "steps": 90, "eval_every": 45},
+    ),
+}
