@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from evaluation.goals import OWN, SOFT_VOTE, Goal
+from evaluation.goals import NATIVE, OWN, SOFT_VOTE, Goal
 from zoo.recipe import ZooOptions
 
 
@@ -37,6 +37,8 @@ class Row:
         judge: Zoos whose test families they are judged on; by default those of the first merger.
         third_party: Whether they are judged on the two networks of ``--third-party`` as well.
         compare: Options of the comparison, by name.
+        native: Options of a merger that is trained on every judged zoo itself, for goals over
+            NATIVE; zoos are judged one by one then. None for no such merger.
         goals: The figures to be reached.
     """
 
@@ -46,6 +48,7 @@ class Row:
     judge: tuple[ZooOptions, ...] = ()
     third_party: bool = False
     compare: Mapping[str, Any] = field(default_factory=dict)
+    native: Mapping[str, Any] | None = None
     goals: tuple[Goal, ...] = ()
 
 
@@ -55,6 +58,11 @@ class Row:
 DIGITS = ZooOptions(members=(2, 4, 8))
 DIGITS_MANY = ZooOptions(
     members=(16, 32), train_families=1, validation_families=0, test_families=24
+)
+DIGITS_DEEP = ZooOptions(widths=(32, 32), members=(4,))
+OTHER_SIZES = tuple(
+    ZooOptions(widths=widths, members=(4,))
+    for widths in ((16, 16), (64, 64), (128, 128), (32,), (32, 32, 32), (32, 32, 32, 32))
 )
 FASHION = {"task": "fashion-mnist", "objective": 6666, "relabel": True}
 CNN = {"architecture": "convnet", "widths": (16, 32, 32), "lr": 3e-3}
@@ -175,6 +183,7 @@ CNN_MERGER = {
     "images": 192,
     "eval_every": 30,
 }
+ON_DIGITS = {"target": 1.0, "steps": 100}
 UNIVERSAL = Training(  # the merger that comes with the package
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
     {
@@ -276,6 +285,16 @@ MERGERS = (
             Goal(SOFT_VOTE, 0.03),
             Goal("average, aligned", share=0.95),
         ),
+    ),
+    Row(
+        name="widths",
+        target="networks of half, double and four times the width, and of 1, 3 and 4 hidden layers "
+        "in place of 2: within 1 point of a merger trained on them",
+        mergers=(Training((DIGITS_DEEP,), ON_DIGITS),),
+        judge=OTHER_SIZES,
+        native=ON_DIGITS,
+        compare={"unlabelled": (), "labelled": (), "full": False, "controls": False},
+        goals=(Goal(NATIVE, -0.01, members=4), Goal(SOFT_VOTE, members=4)),
     ),
     Row(
         name="third-party",
