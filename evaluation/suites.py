@@ -153,6 +153,25 @@ MNIST_MIXED = (
         epochs=5,
     ),
 )
+RESNETS = tuple(  # for a GPU
+    ZooOptions(
+        task="cifar-10",
+        objective=6666,
+        relabel=True,
+        architecture="resnet20",
+        norm=norm,
+        members=(2, 4, 8),
+        split="disjoint",
+        segment_size=5000,
+        epochs=30,
+        lr=3e-3,
+        augment=("flip",),
+        train_families=16,
+        validation_families=4,
+        test_families=12,
+    )
+    for norm in ("batch", "layer")
+)
 TINY = ZooOptions(
     widths=(16,),
     members=(2, 3),
@@ -295,6 +314,23 @@ MERGERS = (
         native=ON_DIGITS,
         compare={"unlabelled": (), "labelled": (), "full": False, "controls": False},
         goals=(Goal(NATIVE, -0.01, members=4), Goal(SOFT_VOTE, members=4)),
+    ),
+    *(
+        Row(
+            name=f"cifar-{zoo.norm}",
+            target="ResNet-20 on a GPU: above matching + repair at every K, within 2 points of the "
+            "best member at K=2",
+            mergers=(Training((zoo,), {**CNN_MERGER, "probes": 256, "steps": 300}),),
+            compare={"full": False},
+            goals=(
+                *(
+                    Goal("average, aligned + repair", members=members, over_data="unlabelled")
+                    for members in zoo.members
+                ),
+                Goal("best member", -0.02, members=2, over_data="labelled"),
+            ),
+        )
+        for zoo in RESNETS
     ),
     Row(
         name="third-party",
