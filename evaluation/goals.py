@@ -11,6 +11,7 @@ from evaluation.scored import Scored
 
 SOFT_VOTE = "soft-vote ensemble"
 OWN = "itself"
+NATIVE = "merger trained on such networks"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Goal:
 
     Attributes:
         over: Accuracy, or the method that the merger is held against, on the same families; OWN is
-            the merger itself with what ``over_data`` says.
+            the merger itself with what ``over_data`` says, NATIVE the one that was trained on
+            networks like those that are judged.
         by: Accuracy that it must have beyond that; below 0, what it may lack.
         row: What is said behind the merger's name: ``calibrated``, ``adapted`` or nothing.
         data: ``none``, or kind and number of images, such as ``unlabelled:500``; a kind alone

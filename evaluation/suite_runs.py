@@ -12,10 +12,9 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.goals import outcomes
+from evaluation.goals import NATIVE, outcomes
 from evaluation.methods.ledger import digest_of
 from evaluation.processes import environment_of_one
-from evaluation.scored import Scored
 from evaluation.suites import SUITES, Row, Training
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import read_card
@@ -127,23 +126,44 @@ def run_row(
         raise ConfigError(f"{row.name}: give the two files with --third-party a.dat b.dat.")
     folders = [str(trained(one, out / "mergers", console, options, state)) for one in row.mergers]
     common = replace(options, merger=tuple(folders), third_party=(), **row.compare)
-    places = []
+    places, natives = [], []
     for judged in row.judge or row.mergers[0].zoos:
         zoo = build_with_progress(judged, console, state)
+        if row.native is not None:
+            own = Training((judged,), row.native)
+            natives.append(str(trained(own, out / "mergers", console, options, state)))
         place = str(out / f"{row.name}-{zoo.digest[:8]}")
-        places.append(replace(common, zoo=str(zoo.folder), out=place))
+        mergers = (*folders, *natives[-1:])
+        places.append(replace(common, merger=mergers, zoo=str(zoo.folder), out=place))
     if row.third_party:
         place = str(out / f"{row.name}-third-party")
         places.append(replace(common, zoo=None, third_party=options.third_party, out=place))
     found = [compare(own, console, state) for own in places]
-    scored: list[Scored] = [one for comparison in found for one in comparison.scored]
-    mergers = found[0].meta["mergers"]
-    failed = {name: _failed(name, [one.meta for one in found]) for name in mergers}
-    lines = outcomes(row.goals, scored, list(mergers))
-    return [
-        {"row": row.name, **line, "gates": failed[line["merger"].partition(", ")[0]]}
-        for line in lines
+    together = [[one] for one in found] if natives else [found]
+    return [line for group in together for line in _lines(row, group, natives)]
+
+
+def _lines(row: Row, found: Sequence[Any], natives: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of comparisons that are judged together."""
+    known = found[0].meta["mergers"]
+    own = [name for name, told in known.items() if natives and told["folder"] in natives]
+    mergers = [name for name in known if name not in own]
+    scored = [
+        replace(one, method=NATIVE) if one.method in own else one
+        for comparison in found
+        for one in comparison.scored
     ]
+    failed = {name: _failed(name, [one.meta for one in found]) for name in mergers}
+    title = row.name if not natives else f"{row.name} {_widths(found[0].meta)}"
+    return [
+        {"row": title, **line, "gates": failed[line["merger"].partition(", ")[0]]}
+        for line in outcomes(row.goals, scored, mergers)
+    ]
+
+
+def _widths(meta: Mapping[str, Any]) -> str:
+    """Widths of the networks that a comparison judged, such as ``64-64``."""
+    return "-".join(map(str, meta["zoo"]["options"]["widths"]))
 
 
 def trained(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from evaluation.goals import OWN, SOFT_VOTE, Goal
+from evaluation.goals import NATIVE, OWN, SOFT_VOTE, Goal
 from zoo.recipe import ZooOptions
 
 
@@ -37,6 +37,8 @@ class Row:
         judge: Zoos whose test families they are judged on; by default those of the first merger.
         third_party: Whether they are judged on the two networks of ``--third-party`` as well.
         compare: Options of the comparison, by name.
+        native: Options of a merger that is trained on every judged zoo itself, for goals over
+            NATIVE; zoos are judged one by one then. None for no such merger.
         goals: The figures to be reached.
     """
 
@@ -46,6 +48,7 @@ class Row:
     judge: tuple[ZooOptions, ...] = ()
     third_party: bool = False
     compare: Mapping[str, Any] = field(default_factory=dict)
+    native: Mapping[str, Any] | None = None
     goals: tuple[Goal, ...] = ()
 
 
@@ -55,6 +58,11 @@ class Row:
 DIGITS = ZooOptions(members=(2, 4, 8))
 DIGITS_MANY = ZooOptions(
     members=(16, 32), train_families=1, validation_families=0, test_families=24
+)
+DIGITS_DEEP = ZooOptions(widths=(32, 32), members=(4,))
+OTHER_SIZES = tuple(
+    ZooOptions(widths=widths, members=(4,))
+    for widths in ((16, 16), (64, 64), (128, 128), (32,), (32, 32, 32), (32, 32, 32, 32))
 )
 FASHION = {"task": "fashion-mnist", "objective": 6666, "relabel": True}
 CNN = {"architecture": "convnet", "widths": (16, 32, 32), "lr": 3e-3}
@@ -145,6 +153,25 @@ MNIST_MIXED = (
         epochs=5,
     ),
 )
+RESNETS = tuple(  # for a GPU
+    ZooOptions(
+        task="cifar-10",
+        objective=6666,
+        relabel=True,
+        architecture="resnet20",
+        norm=norm,
+        members=(2, 4, 8),
+        split="disjoint",
+        segment_size=5000,
+        epochs=30,
+        lr=3e-3,
+        augment=("flip",),
+        train_families=16,
+        validation_families=4,
+        test_families=12,
+    )
+    for norm in ("batch", "layer")
+)
 TINY = ZooOptions(
     widths=(16,),
     members=(2, 3),
@@ -175,6 +202,7 @@ CNN_MERGER = {
     "images": 192,
     "eval_every": 30,
 }
+ON_DIGITS = {"target": 1.0, "steps": 100}
 UNIVERSAL = Training(  # the merger that comes with the package
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
     {
@@ -236,6 +264,7 @@ MERGERS = (
         target="weights only: above the best member (84.2); 500 unlabelled: within 1 point of the "
         "ensemble (85.7)",
         mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 90}),),
+        compare={"full": False},  # controls on all of them train too long on a CPU
         goals=(
             Goal("best member", members=8, over_data="labelled"),
             Goal(0.842, members=8),
@@ -246,6 +275,7 @@ MERGERS = (
         name="fashion-skewed-cnn",
         target="weights only: above 72.5; aim 76",
         mergers=(Training((FASHION_SKEWED_CNN,), {**CNN_MERGER, "steps": 120}),),
+        compare={"full": False},
         goals=(Goal(0.725, members=4),),
     ),
     Row(
@@ -276,6 +306,33 @@ MERGERS = (
             Goal(SOFT_VOTE, 0.03),
             Goal("average, aligned", share=0.95),
         ),
+    ),
+    Row(
+        name="widths",
+        target="networks of half, double and four times the width, and of 1, 3 and 4 hidden layers "
+        "in place of 2: within 1 point of a merger trained on them",
+        mergers=(Training((DIGITS_DEEP,), ON_DIGITS),),
+        judge=OTHER_SIZES,
+        native=ON_DIGITS,
+        compare={"unlabelled": (), "labelled": (), "full": False, "controls": False},
+        goals=(Goal(NATIVE, -0.01, members=4), Goal(SOFT_VOTE, members=4)),
+    ),
+    *(
+        Row(
+            name=f"cifar-{zoo.norm}",
+            target="ResNet-20 on a GPU: above matching + repair at every K, within 2 points of the "
+            "best member at K=2",
+            mergers=(Training((zoo,), {**CNN_MERGER, "probes": 256, "steps": 300}),),
+            compare={"full": False},
+            goals=(
+                *(
+                    Goal("average, aligned + repair", members=members, over_data="unlabelled")
+                    for members in zoo.members
+                ),
+                Goal("best member", -0.02, members=2, over_data="labelled"),
+            ),
+        )
+        for zoo in RESNETS
     ),
     Row(
         name="third-party",

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from evaluation import suite_runs
 from evaluation.compare import CompareOptions
-from evaluation.goals import OWN, Goal
+from evaluation.goals import NATIVE, OWN, Goal
 from evaluation.scored import Scored
 from evaluation.suite_runs import chosen_rows, run_suite, trained
 from evaluation.suites import FASHION_SKEWED, MERGERS, SUITES, TINY, Row, Training
@@ -21,11 +21,12 @@ from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import GNNConfig, GNNMerger, save_merger
 from trainers.merger import MergerOptions
 from zoo.recipe import ZooOptions
+from zoo.store import load_zoo
 
 ROWS = [row for rows in SUITES.values() for row in rows]
 KNOWN = {  # methods that rows may be held against
     *("soft-vote ensemble", "distilled from best member", "best member", "trained from scratch"),
-    *("best member, fine-tuned", "average, aligned", "average, aligned + repair", OWN),
+    *("best member, fine-tuned", "average, aligned", "average, aligned + repair", OWN, NATIVE),
 }
 SMALL = ZooOptions(
     widths=(4,),
@@ -99,7 +100,7 @@ def test_rows_of_a_suite_have_names_of_their_own():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_rows_name_options_and_methods_that_exist(row):
-    for training in row.mergers:
+    for training in (*row.mergers, Training((), row.native or {})):
         assert set(training.options) <= {field.name for field in fields(MergerOptions)}
         MergerOptions(**training.options)
     CompareOptions(**row.compare)
@@ -177,6 +178,35 @@ def test_a_suite_leaves_its_table_and_what_it_was_made_of(work, suite, trainings
 
 def test_only_the_rows_that_are_named_are_run(work, suite, trainings):
     assert {line["row"] for line in run(only=("two",))} == {"two"}
+
+
+def test_a_native_merger_is_trained_on_every_judged_zoo_and_held_against_it_there(
+    work, suite, trainings, monkeypatch
+):
+    wide, deep = (ZooOptions(**{**vars(SMALL), "widths": w}) for w in ((8,), (4, 4)))
+    rival = {(8,): 0.9, (4, 4): 0.7}
+
+    def compared(options, console, state):
+        base, own = options.merger
+        widths = tuple(load_zoo(options.zoo).options["widths"])
+        rows = [
+            Scored(name, 2, "none", torch.tensor([score]), 0.1, 10, False)
+            for name, score in (("a", 0.8), ("b", rival[widths]))
+        ]
+        known = {"a": {"folder": base, "gates": {}}, "b": {"folder": own, "gates": {}}}
+        about = {"mergers": known, "zoo": {"options": {"widths": widths}}}
+        return SimpleNamespace(scored=rows, meta=about)
+
+    goals = (Goal(NATIVE, -0.01, members=2),)
+    row = Row("w", "near", (Training((SMALL,)),), (wide, deep), native={"steps": 3}, goals=goals)
+    monkeypatch.setitem(SUITES, "small", (row,))
+    told = CompareOptions(suite="small", tracking=False)
+    lines = run_suite(told, Console(quiet=True), compared, PartialState(cpu=True))
+    assert [(line["row"], line["merger"], line["reached"]) for line in lines] == [
+        ("w 8", "a", False),
+        ("w 4-4", "a", True),
+    ]
+    assert len(trainings) == 3
 
 
 def test_a_row_on_third_party_files_wants_them(work, suite, trainings, monkeypatch):
