@@ -27,7 +27,7 @@ from evaluation.competitors import (
     plain_rows,
     voting_rows,
 )
-from evaluation.contestants import Contestant, read_contestants
+from evaluation.contestants import Contestant, champion, read_contestants
 from evaluation.judged import Judged
 from evaluation.leaderboard import (
     Line,
@@ -85,6 +85,7 @@ class CompareOptions:
     reference: str = ""  # row that others are held against, or best; the first merger if not given
     limit: int = 1800  # seconds after which a row of --methods is given up
     pictures: bool = True  # draw a family as well: its loss between members, layers, confidence
+    registered: str = ""  # name in MLflow's registry where the best merger becomes the champion
     tracking: bool = True  # log every row to MLflow
     experiment: str = "metamerge"  # name of the MLflow experiment
 
@@ -141,6 +142,7 @@ def compare(
     contestants = read_contestants(options.merger or (_usual_merger(options),))
     judged, about, data = open_families(options, contestants, console, state)
     reference = _reference(options, judged, contestants)
+    best = champion(contestants) if options.registered else None
     out = Path(options.out or "runs/compare")
     told = {**asdict(options), "judged": [one.identity for one in judged]}
     main = state.is_main_process
@@ -171,6 +173,10 @@ def compare(
             figures = figures_of(scored, judged, contestants, family=options.pictures, **drawn)
             files = _write(out, lines, meta, figures)
             _track(tracked, lines, contestants, files)
+            if best and _sound(meta["mergers"][best.name]):
+                tracked.merger(best.folder, registered=options.registered, alias="champion")
+            elif best:
+                console.print(f"{best.name} breaks a gate and is not registered")
             left = f"{out}: {', '.join(file.name for file in files)}"
             console.print(f"[bold]compare[/] {left}", soft_wrap=True)
     return Comparison([line.scored for line in lines], meta)
@@ -280,6 +286,12 @@ def _track(
     tracked.metrics({f"{s.method}_accuracy_k{s.members}": s.row()["accuracy_mean"] for s in own})
     for file in files:
         tracked.artifact(file)
+
+
+def _sound(told: Mapping[str, Any]) -> bool:
+    """Whether a merger holds all its gates, here and where it was trained."""
+    found = [*told["gates"].values(), *told["card"]["gates"].values()]
+    return all(gate["passed"] for gates in found for gate in gates)
 
 
 def terminal() -> Console:

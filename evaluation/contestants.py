@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from metamerge import mergers
+from metamerge.errors import ConfigError
 from metamerge.mergers import load_merger, read_card, read_kind
 from metamerge.registry import get_method
 
@@ -72,6 +73,27 @@ def read_contestants(folders: Sequence[str]) -> list[Contestant]:
         name = kind if alone else folder if same else short
         found.append(Contestant(name, kind, folder, merger, read_card(folder), _code(merger, kind)))
     return found
+
+
+def champion(contestants: Sequence[Contestant]) -> Contestant:
+    """The merger that its validation families speak for; test images choose nothing.
+
+    Args:
+        contestants: Mergers.
+
+    Returns:
+        The one with the highest validation accuracy.
+
+    Raises:
+        ConfigError: If they were validated on different zoos, so that nothing compares them.
+    """
+    zoos = {tuple(sorted(zoo["digest"] for zoo in one.card["zoos"])) for one in contestants}
+    if len(zoos) > 1:
+        raise ConfigError(
+            "registered: the mergers were validated on different zoos, and test images choose "
+            "none. Name one with --merger."
+        )
+    return max(contestants, key=lambda one: one.card["validation"]["validation_accuracy"])
 
 
 def without_residual(merger: nn.Module) -> nn.Module | None:

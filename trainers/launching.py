@@ -26,7 +26,7 @@ def launched(name: str, **settings: Any) -> Iterator[Accelerator]:
     Raises:
         SystemExit: If the processes do not know of each other, or with the exit code of an error.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **settings)
+    accelerator = Accelerator(**{"cpu": not torch.cuda.is_available(), **settings})
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise SystemExit(

@@ -6,8 +6,6 @@ distillation, the best member fine-tuned, networks from scratch. Every process t
 own; rows are kept as they are finished, so the same command goes on where it was killed.
 """
 
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +33,8 @@ from evaluation.mutants import Case, Schedule
 from evaluation.pictures.mutants import mutants_figure
 from evaluation.scored import Scored
 from evaluation.tracking import track
-from metamerge.errors import ConfigError, MetaMergeError
+from metamerge.errors import ConfigError
+from trainers.launching import launched
 from zoo.build import build_with_progress
 from zoo.options import parse
 from zoo.recipe import ZooOptions, factory_for, options_from
@@ -208,21 +207,8 @@ def main() -> None:
     """Entry point of ``accelerate launch trainers/mutants.py``."""
     options = parse(MutantOptions, prog="accelerate launch trainers/mutants.py")
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # families differ in their work
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise SystemExit(
-            f"mutants: {launched} processes were launched but accelerate sees "
-            f"{accelerator.num_processes}; every one would do all the work. On CPUs launch with "
-            "ACCELERATE_USE_CPU=true, --multi_gpu and --num_processes."
-        )
-    try:
+    with launched("mutants", cpu=True, kwargs_handlers=[patience]) as accelerator:
         train(options, accelerator)
-    except MetaMergeError as error:
-        print(f"mutants: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
-    finally:
-        accelerator.end_training()
 
 
 def train(options: MutantOptions, accelerator: Accelerator) -> None:
