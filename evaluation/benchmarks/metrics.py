@@ -28,6 +28,7 @@ from evaluation.metrics import (
     score_networks,
     simplex,
     soft_vote,
+    unit_variances,
     variance_ratio,
 )
 from metamerge.structure import Layout, discover_program
@@ -148,11 +149,14 @@ class OneByOne(Side):
         """Variance ratio of the averages by layer, ``[layers, f]``."""
         found = []
         for family in range(self.count):
-            own = self.one(family)
-            fused = {key: tensor.mean(1) for key, tensor in own.items()}
-            ratio = variance_ratio(fused, own, self.layout, self.inputs)
-            found.append(torch.cat(list(ratio.values())))
+            own = {key: tensor[0] for key, tensor in self.one(family).items()}
+            theirs = torch.stack([self._variances(one) for one in singles(own)]).mean(0)
+            fused = {key: tensor.mean(0, keepdim=True) for key, tensor in own.items()}
+            found.append(self._variances(fused) / theirs.clamp_min(1e-12))
         return torch.stack(found, 1)
+
+    def _variances(self, network: Weights) -> Tensor:
+        return torch.cat(list(unit_variances(network, self.layout, self.inputs).values()))
 
     def likeness(self) -> Tensor:
         """Cosine and distance of all pairs, ``[2, n, n]``."""

@@ -81,10 +81,10 @@ def read_answers(logits: Tensor, targets: Tensor) -> Answers:
     """
     targets = targets.expand(logits.shape[:-1])
     top = logits.max(-1)
-    total = logits.logsumexp(-1)
+    above = (logits - top.values[..., None]).exp().sum(-1).log()  # the maximum is known by now
     own = logits.gather(-1, targets[..., None]).squeeze(-1)
     right = (top.indices == targets).to(logits.dtype)
-    return Answers(right, (top.values - total).exp(), total - own)
+    return Answers(right, (-above).exp(), top.values + above - own)
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
