@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 from evaluation.compare import terminal
-from evaluation.plots import COLOURS
 from metamerge.errors import ConfigError
 from zoo.options import command
+from zoo.style import COLOURS
 
 MARGIN = 0.01  # accuracy below training on the union that counts as reaching it
 SLACK = 0.03  # share of images by which trainings with as many passes may differ
