@@ -280,7 +280,7 @@ def _track(
         named = {k: row[k] for k in ("method", "members", "data", "control")}
         numbers = {k: row[k] for k in row if k not in named}
         title = f"{row['method']} K={row['members']}, {row['data']}"
-        tracked.child(title, options=named, metrics=numbers)
+        tracked.child(title, options=named, metrics=numbers, seconds=row["seconds"])
     names = {contestant.name for contestant in contestants}
     own = [line.scored for line in lines if line.scored.method in names]
     tracked.metrics({f"{s.method}_accuracy_k{s.members}": s.row()["accuracy_mean"] for s in own})
