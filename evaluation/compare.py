@@ -29,6 +29,7 @@ from evaluation.competitors import (
 )
 from evaluation.contestants import Contestant, champion, read_contestants
 from evaluation.judged import Judged
+from evaluation.keeping import keep_networks
 from evaluation.leaderboard import (
     Line,
     print_leaderboard,
@@ -173,6 +174,7 @@ def compare(
             figures = figures_of(scored, judged, contestants, family=options.pictures, **drawn)
             files = _write(out, lines, meta, figures)
             _track(tracked, lines, contestants, files)
+            keep_networks(tracked, judged, contestants, options.seeds[0])
             if best and _sound(meta["mergers"][best.name]):
                 tracked.merger(best.folder, registered=options.registered, alias="champion")
             elif best:

@@ -369,6 +369,18 @@ def test_the_parent_holds_the_mergers_figures_and_the_files(result, runs):
     assert artifacts >= FILES - {"rows.jsonl"}
 
 
+def test_what_a_merger_makes_of_a_family_is_kept_as_a_model(result, runs, zoo, monkeypatch):
+    _, found = runs
+    (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", result.uri)
+    kept = merge([f"runs:/{parent.info.run_id}/fused-gnn"], method="average").weights
+    family = f"{zoo.folder}#test-k{max(SIZES)}/0"
+    again = merge(family, merger=result.options.merger[0], device="cpu").weights
+    assert kept.keys() == again.keys()
+    for key, tensor in again.items():
+        torch.testing.assert_close(kept[key], tensor)
+
+
 # ------------------------------------------------------------------------------- again
 
 
