@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from metamerge.errors import MetaMergeError
+from zoo.memory import keep_freed_memory
 
 
 @contextmanager
@@ -26,6 +27,7 @@ def launched(name: str, **settings: Any) -> Iterator[Accelerator]:
     Raises:
         SystemExit: If the processes do not know of each other, or with the exit code of an error.
     """
+    keep_freed_memory()
     accelerator = Accelerator(**{"cpu": not torch.cuda.is_available(), **settings})
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:

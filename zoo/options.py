@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from metamerge.errors import ConfigError, MetaMergeError
+from zoo.memory import keep_freed_memory
 
 Options = TypeVar("Options")
 
@@ -65,6 +66,7 @@ def command(kind: type[Options], work: Callable[[Options], object], *, prog: str
         SystemExit: If it fails, with the exit code of the error.
     """
     options = parse(kind, prog=prog)
+    keep_freed_memory()
     try:
         work(options)
     except MetaMergeError as error:
