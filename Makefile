@@ -44,8 +44,9 @@ demo: $(STAMP) ## train a small merger, then compare it with everything else (mi
 	$(ONE_THREAD) $(BIN)/python -m evaluation.compare
 
 # Two workers of one thread each; a file stays on one worker, so what its fixtures built is built once.
+# tests/conftest.py says which files come first.
 test: $(STAMP) ## run the tests and the examples in the docstrings
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## check rules and format, change nothing
 	$(BIN)/ruff check .

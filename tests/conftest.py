@@ -1,6 +1,7 @@
 """What several rooms are tested on: a small real zoo, a merger trained on it, wired networks."""
 
 import os
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import fake_impls
+from torch.export import exported_program
 
 from evaluation.metrics import family_logits, references
 from metamerge.alignment import weight_matching
@@ -22,6 +25,66 @@ from zoo.training import init_networks, train_networks
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # seconds, and noise
 
 FAMILIES, MEMBERS, TRAINED_ON = 48, 4, 36
+LONG = {
+    *("test_architectures.py", "test_tutorial.py", "test_suites.py", "test_compare.py"),
+    *("test_compare_methods.py", "test_merger_script.py", "test_rounds_script.py"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that none of them keeps one worker busy at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@contextmanager
+def swapped(kernels, rules):
+    """For a while, kernels and rules of operators are these."""
+    known = {op: op.py_kernels.copy() for op in kernels}
+
+    def put(all_kernels):
+        for op, own in all_kernels.items():
+            op.py_kernels.clear()
+            op.py_kernels.update(own)
+            op._dispatch_cache.clear()
+
+    put(kernels)
+    fake_impls.op_implementations_dict.update(rules)
+    try:
+        yield
+    finally:
+        put(known)
+        for op in rules:
+            del fake_impls.op_implementations_dict[op]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def export_without_memory():
+    """What torch.export tells 525 operators for every network anew, it tells them out of memory.
+
+    That is two thirds of the time that a small network takes to be traced, and there are thousands.
+    The fixture is torch.export's own function; test_tracing.py holds the two against each other.
+    """
+    own, entered = exported_program._override_composite_implicit_decomp, {}
+
+    @contextmanager
+    def remembering(table):
+        key = tuple(table.items())
+        if key not in entered:
+            with own(table):
+                pass  # takes away rules that operators had before: from now on it is always alike
+            before = {*fake_impls.op_implementations_dict}
+            with own(table):
+                rules = fake_impls.op_implementations_dict.items()
+                entered[key] = (
+                    {op: op.py_kernels.copy() for op in table},
+                    {op: rule for op, rule in rules if op not in before},
+                )
+        with swapped(*entered[key]):
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exported_program, "_override_composite_implicit_decomp", remembering)
+        yield own
 
 
 @pytest.fixture(scope="session")

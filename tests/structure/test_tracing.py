@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export import exported_program
 
 from evaluation.benchmarks.architectures import OWN, TRANSFORMERS
 from metamerge.errors import StructureError, Unreadable
@@ -54,6 +55,17 @@ def check_same_function(model, shape=(4,)):
 
 
 # ---------------------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("name", ["mlp", "mixer", "gat"])
+def test_tests_trace_what_torch_export_finds_without_their_memory(
+    name, export_without_memory, monkeypatch
+):
+    remembered = trace(*OWN[name]()).digest
+    monkeypatch.setattr(
+        exported_program, "_override_composite_implicit_decomp", export_without_memory
+    )
+    assert trace(*OWN[name]()).digest == remembered
 
 
 def test_every_program_computes_what_its_module_does(network):

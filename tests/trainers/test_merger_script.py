@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,12 +81,37 @@ def zoo(place):
     return build(replace(SMALL_ZOO, out=str(place / "zoo")))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Results are compared bit by bit, and launched processes have one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def trained(place, zoo, launch):
+def train(place, zoo):
+    """The script in this process, on the small zoo: what it printed."""
+
+    def train(out):
+        printed = StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+            patch.chdir(place)
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+            patch.setenv("COLUMNS", "200")
+            patch.setattr(sys, "argv", [SCRIPT, "--zoo", str(zoo.folder), "--out", out, *SMALL])
+            main()
+        return printed.getvalue()
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(place, train):
     """One training that nothing interrupts."""
-    done = launch(place, "--zoo", str(zoo.folder), "--out", "whole", *SMALL)
-    assert done.code == 0, done.err
-    return SimpleNamespace(folder=place / "whole", out=done.out, card=read_card(place / "whole"))
+    out = train("whole")
+    return SimpleNamespace(folder=place / "whole", out=out, card=read_card(place / "whole"))
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +254,10 @@ def test_other_options_are_not_resumed_and_nothing_is_touched(
 # ------------------------------------------------------------------------------- kills
 
 
-def test_a_killed_training_costs_a_few_steps_and_no_bit(trained, killed, zoo, place, launch):
-    done = launch(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
-    assert done.code == 0, done.err
+def test_a_killed_training_costs_a_few_steps_and_no_bit(trained, killed, train, place):
+    out = train("killed")
     # The newest state is damaged: the one before it has to do.
-    assert f"resumed at step {killed.reached - SAVE_EVERY} of {STEPS}" in done.out
+    assert f"resumed at step {killed.reached - SAVE_EVERY} of {STEPS}" in out
     assert_bit_equal(weights_of(place / "killed"), weights_of(trained.folder))
     card = read_card(place / "killed")
     assert card["validation"] == trained.card["validation"]
