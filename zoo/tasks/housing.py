@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from metamerge.errors import ZooError
-from zoo.tasks.arrays import read_arrays
 from zoo.tasks.task import Task
 
 CALIFORNIA, GENERATED_HOUSING = "california-housing", "generated-housing"
@@ -45,6 +44,8 @@ def load_california(folder: str | os.PathLike[str] | None = None) -> Task:
     Raises:
         ZooError: If it can be neither read nor fetched, or the file holds something else.
     """
+    from zoo.tasks.arrays import read_arrays  # with pandas, a second of import
+
     place = Path(folder).expanduser() if folder is not None else _PLACE
     if not (place / _FILE).is_file():
         _fetch(place)
