@@ -89,8 +89,8 @@ def accuracy_figure(rows: Sequence[Row], *, title: str, methods: Sequence[str] =
     Args:
         rows: Rows of ``leaderboard.json``.
         title: Headline.
-        methods: Which, in the order of the legend; by default the usual references and the best
-            of the others, seven in all.
+        methods: Which, in the order of the legend; by default the usual references, what all rows
+            are compared with, and the best of the others, seven in all.
 
     Returns:
         The figure.
@@ -114,7 +114,8 @@ def accuracy_figure(rows: Sequence[Row], *, title: str, methods: Sequence[str] =
             markersize=5,
             markerfacecolor="white" if control else style["color"],
             linestyle="--" if control else "-",
-            label=f"{name} (control)" if control else name,
+            label=", ".join([name, *(row["data"] for row in own[:1] if row["data"] != "none")])
+            + " (control)" * control,
             **style,
         )
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -209,7 +210,8 @@ def _chosen(rows: Sequence[Row], most: int = len(COLOURS)) -> list[str]:
     size = max(row["members"] for row in rows)
     order = sorted((r for r in rows if r["members"] == size), key=lambda r: -r["accuracy_mean"])
     best = list(dict.fromkeys(row["method"] for row in order))
-    kept = {name for name in NAMED if name in best}
+    against = (row.get("against") for row in rows)
+    kept = {name for name in (*NAMED, *against) if name in best}
     for name in best:
         if len(kept) < most:
             kept.add(name)

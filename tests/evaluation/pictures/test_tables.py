@@ -106,9 +106,17 @@ def test_more_methods_make_a_higher_figure(board):
 def test_a_line_has_one_budget_that_of_most_members(board):
     axes = accuracy_figure(ROWS, title="").axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert lines["gnn, adapted"] == pytest.approx([88, 94])
+    assert lines["gnn, adapted, labelled:400"] == pytest.approx([88, 94])
     assert lines["soft-vote ensemble (control)"] == pytest.approx([70, 65])
     assert lines["cluster"] == pytest.approx([50])
+
+
+def test_what_all_are_compared_with_has_a_line_whatever_is_better():
+    better = [row(f"better {i}", 8, 0.95 + i / 100, control=True) for i in range(4)]
+    rows = [{**one, "against": "gnn"} for one in [*ROWS, *better]]
+    labels = [line.get_label() for line in accuracy_figure(rows, title="").axes[0].lines]
+    assert "gnn" in labels
+    assert labels[:2] == ["better 3 (control)", "better 2 (control)"]
 
 
 def test_lines_can_be_chosen():
