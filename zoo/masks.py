@@ -7,7 +7,7 @@ order, whose first part is live. Masks that rotate go on along the order, or dra
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -159,6 +159,7 @@ class Masks:
     weights: Weights
     seeds: Sequence[int]
     curvatures: Sequence[Curvature] = ()
+    _orders: dict[tuple[str, float, int], list[Tensor]] = field(default_factory=dict)
 
     @property
     def everything(self) -> Subset:
@@ -206,18 +207,24 @@ class Masks:
             return [torch.randperm(count, generator=generator) for count in counts]
         if recipe.family.startswith("first"):
             return [torch.arange(count) for count in counts]
+        kept = (recipe.family, recipe.share, network)
+        if kept not in self._orders:
+            self._orders[kept] = self._by_curvature(recipe, network, counts)
+        return self._orders[kept]
+
+    def _by_curvature(self, recipe: Recipe, network: int, counts: Sequence[int]) -> list[Tensor]:
         curvature = self.curvatures[network]
-        if recipe.family in ("weak", "strong"):
-            side = two_groups(
-                curvature.affinity,
-                counts,
-                share=recipe.share,
-                strong=recipe.family == "strong",
-                generator=_generator(self.seeds[network]),
-            )
-            return [(~own).long().argsort(stable=True) for own in side.split(counts)]
-        sums = by_kernel(curvature.saliency, self.kernels)
-        return [_sorted(own, recipe) for own in sums.split(counts)]
+        if recipe.family not in ("weak", "strong"):
+            sums = by_kernel(curvature.saliency, self.kernels)
+            return [_sorted(own, recipe) for own in sums.split(counts)]
+        side = two_groups(
+            curvature.affinity.cpu(),
+            counts,
+            share=recipe.share,
+            strong=recipe.family == "strong",
+            generator=_generator(self.seeds[network]),
+        )
+        return [(~own).long().argsort(stable=True) for own in side.split(counts)]
 
     def _of_weights(self, recipe: Recipe, network: int, number: int) -> Weights:
         """Single weights of every tensor in order, ``[p]`` each."""
