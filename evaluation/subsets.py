@@ -5,7 +5,8 @@ the whole training, so differences to it are paired; intervals are 95 % by Stude
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def joined(rows: Sequence[Row], masks: Sequence[str]) -> list[Row]:
         own = [row for row in rows if (row["start"], row["mask"]) == (start, mask)]
         own.sort(key=lambda row: row["seeds"])
         if own:
-            lists = {k: sum((row[k] for row in own), []) for k in own[0] if _by_seed(own[0], k)}
-            names = own[0]["curves"]
-            curves = {name: sum((row["curves"][name] for row in own), []) for name in names}
+            curves = {name: _chained(r["curves"][name] for r in own) for name in own[0]["curves"]}
+            by_seed = [k for k, v in own[0].items() if isinstance(v, list) and k != "steps"]
+            lists = {key: _chained(row[key] for row in own) for key in by_seed}
             found.append({**own[0], **lists, "curves": curves})
     return found
 
@@ -157,14 +158,15 @@ def _nearest(steps: Sequence[int], part: float) -> int:
     return 1 + min(range(len(steps) - 1), key=lambda i: abs(steps[i + 1] - part * steps[-1]))
 
 
-def _by_seed(row: Row, key: str) -> bool:
-    return isinstance(row[key], list) and key != "steps"
+def _chained(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))
 
 
 # ----------------------------------------------------------------------------------------------
 # table and files
 
-COLUMNS: dict[str, dict[str, tuple[str, str, int]]] = {  # start -> head -> number, form, factor
+# start -> heading -> number, its form, factor
+COLUMNS: dict[str, dict[str, tuple[str, str, int]]] = {
     "init": {
         "live %": ("live", "{:.0f}", 100),
         "speed": ("speed", "{:.2f}", 1),
@@ -192,12 +194,12 @@ COLUMNS: dict[str, dict[str, tuple[str, str, int]]] = {  # start -> head -> numb
     },
 }
 CAPTION = (
-    "Means over {} seeds ± half the 95 % interval. speed: steps per second in those of full; moved: "
-    "displacement of live weights over that of the same weights in the whole training, after a tenth "
-    "of the steps, at the end, and at equal seconds, half of them gone; steps to, s to: until the "
-    "validation loss that full has after half of its steps, s in those of full; gone: displacement "
-    "over the norm of the live weights; loss, barrier: on training images, the barrier on the line "
-    "back; beyond full: test accuracy in points, paired over seeds."
+    "Means over {} seeds ± half the 95 % interval. speed: steps per second in those of full. moved: "
+    "displacement of live weights over that of the same weights in the whole training: after a "
+    "tenth of the steps, at the end, at equal seconds when half of them are gone. steps to, s to: "
+    "until the validation loss that full has after half of its steps; s in those of full. gone: "
+    "displacement over the norm of the live weights. loss, barrier: on training images, the barrier "
+    "on the line back. beyond full: test accuracy in points, paired over seeds."
 )
 
 

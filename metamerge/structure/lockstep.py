@@ -281,7 +281,8 @@ def _spatial(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
         # The gradient of a mean comes in another layout than its input, which costs the rest dear.
         op, options = "avg_pool2d.default", (x.shape[-2:],)
     if op in _POOLING and x.ndim == _POOLING[op] + 3:
-        y = operator(op)(as_channels(x), *options, **kwargs)
+        maps = as_channels(x)  # one input channel leaves channels first
+        y = operator(op)(channels_last(maps) if maps.ndim == 4 else maps, *options, **kwargs)
         return rearrange(y, "b (n c) ... -> n b c ...", n=len(x))
     y = operator(op)(x.flatten(0, 1), *options, **kwargs)
     return y.unflatten(0, x.shape[:2])
