@@ -194,12 +194,12 @@ COLUMNS: dict[str, dict[str, tuple[str, str, int]]] = {
     },
 }
 CAPTION = (
-    "Means over {} seeds ± half the 95 % interval. speed: steps per second in those of full. moved: "
-    "displacement of live weights over that of the same weights in the whole training: after a "
-    "tenth of the steps, at the end, at equal seconds when half of them are gone. steps to, s to: "
-    "until the validation loss that full has after half of its steps; s in those of full. gone: "
-    "displacement over the norm of the live weights. loss, barrier: on training images, the barrier "
-    "on the line back. beyond full: test accuracy in points, paired over seeds."
+    "Means over {} seeds ± half the 95 % interval. speed: steps per second, in those of full. "
+    "moved: displacement of live weights over that of the same weights in the whole training: "
+    "after a tenth of the steps, at the end, at equal seconds when half of them are gone. steps "
+    "to, s to: until the validation loss that full has after half of its steps; s in those of "
+    "full. gone: displacement over the norm of the live weights. loss, barrier: on training "
+    "images, the barrier on the line back. beyond full: test accuracy in points, paired over seeds."
 )
 
 

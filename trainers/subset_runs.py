@@ -68,11 +68,13 @@ class Piece:
     start: str
     mask: str
     seeds: tuple[int, ...]
+    steps: int = 0  # where they are others than those of all trainings
 
     @property
     def name(self) -> str:
         """Of its row in the ledger."""
-        return f"{self.start}; {self.mask}; seeds {' '.join(map(str, self.seeds))}"
+        told = f"{self.start}; {self.mask}; seeds {' '.join(map(str, self.seeds))}"
+        return f"{told}; {self.steps} steps" if self.steps else told
 
 
 class Workshop:
@@ -102,19 +104,18 @@ class Workshop:
             self._masks = {(start, seeds): Masks(self.kernels, weights, drawn, curvatures)}
         return self._masks[start, seeds]
 
-    def make(self, piece: Piece, timed: int = 0) -> dict[str, Any]:
+    def make(self, piece: Piece) -> dict[str, Any]:
         """Train a piece.
 
         Args:
             piece: Which.
-            timed: Steps of halves that take the full network's seconds.
 
         Returns:
             Its row: every number by seeds, curves by seeds and marks.
         """
         with self.ground.split.training():
             if piece.mask in (HALVES, TIMED):
-                row, logits = self._halves(piece, timed)
+                row, logits = self._halves(piece)
             else:
                 row, logits = self._masked(piece)
         _, targets = self.ground.split.images("test")
@@ -182,8 +183,8 @@ class Workshop:
         each = [slice(i, i + 1) for i in range(len(seeds))]
         return row, [partial(self._said, self.ground.program, end, one) for one in each]
 
-    def _halves(self, piece: Piece, timed: int) -> tuple[dict[str, Any], list[Any]]:
-        steps = timed if piece.mask == TIMED else self.setting.descent.steps
+    def _halves(self, piece: Piece) -> tuple[dict[str, Any], list[Any]]:
+        steps = piece.steps or self.setting.descent.steps
         training = self.halves(piece.seeds, steps)
         marks = [round(mark * steps / self.setting.descent.steps) for mark in self.setting.marks]
         kept = _Curves(self)

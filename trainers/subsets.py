@@ -45,8 +45,10 @@ from zoo.partial import OPTIMIZERS, Descent
 from zoo.recipe import ZooOptions
 from zoo.training import chunk_size, init_networks
 
-PLACES = ("out", "tracking", "experiment")  # options that do not shape the rows
-TIMING = "timing"
+PLACES = (  # options that decide which rows there are, and not what one holds
+    *("out", "tracking", "experiment", "masks", "starts", "halves", "seeds", "together"),
+    *("repeats", "timed_steps"),
+)
 MASKS = (
     *("first", "first-conv", "first-conv+dense", "random", "random@0.25", "random@0.125"),
     *("weak", "strong", "salient", "unsalient", "upper", "lower"),
@@ -159,22 +161,25 @@ def train(options: SubsetOptions, accelerator: Accelerator) -> None:
     with tracking as tracked:
         if tracked.id:
             rows.add("run", {"id": tracked.id})
-        if accelerator.is_main_process and TIMING not in rows.known:
-            rows.add(TIMING, step_seconds(options, workshop))
+        key = f"seconds; {' '.join(options.masks)}"
+        if accelerator.is_main_process and key not in rows.known:
+            rows.add(key, step_seconds(options, workshop))
         rows.gather()
-        seconds = rows.known[TIMING]
+        seconds = rows.known[key]
         timed = options.timed_steps
         if options.halves and not timed:
             timed = round(options.steps * seconds[FULL] / seconds[HALVES])
-        for stage in stages(options, seed_groups(options, ground)):
+        planned = stages(options, seed_groups(options, ground), timed)
+        for stage in planned:
             missing = share([piece for piece in stage if piece.name not in rows.known], accelerator)
             with progress_bar(console, len(missing)) as advance:
                 for piece in missing:
                     advance(piece.name)
-                    rows.add(piece.name, workshop.make(piece, timed))
+                    rows.add(piece.name, workshop.make(piece))
             rows.gather()
         if accelerator.is_main_process:
-            finish(options, rows, ground.split.task.name, tracked, console)
+            found = [rows.known[piece.name] for stage in planned for piece in stage]
+            finish(options, found, seconds, ground.split.task.name, tracked, console)
     accelerator.wait_for_everyone()
 
 
@@ -190,15 +195,20 @@ def seed_groups(options: SubsetOptions, ground: Ground) -> list[tuple[int, ...]]
     return [tuple(seeds[i : i + size]) for i in range(0, options.seeds, size)]
 
 
-def stages(options: SubsetOptions, groups: Sequence[tuple[int, ...]]) -> list[list[Piece]]:
+def stages(
+    options: SubsetOptions, groups: Sequence[tuple[int, ...]], timed: int
+) -> list[list[Piece]]:
     """Pieces in the order of what they need: whole trainings come before the masks beside them."""
     found = [[Piece(INIT, FULL, group) for group in groups]]
     for start in (start for start in STARTS if start in options.starts):
         if start == CONVERGED:
             found.append([Piece(start, FULL, group) for group in groups])
         masks = [mask for mask in dict.fromkeys(options.masks) if mask != FULL]
-        masks += [HALVES, TIMED] if options.halves and start == INIT else []
-        found.append([Piece(start, mask, group) for group in groups for mask in masks])
+        pieces = [Piece(start, mask, group) for group in groups for mask in masks]
+        if options.halves and start == INIT:
+            pieces += [Piece(start, HALVES, group) for group in groups]
+            pieces += [Piece(start, TIMED, group, timed) for group in groups]
+        found.append(pieces)
     return found
 
 
@@ -269,13 +279,19 @@ class Rows:
 # what is told
 
 
-def finish(options: SubsetOptions, rows: Rows, task: str, tracked: Any, console: Console) -> None:
+def finish(
+    options: SubsetOptions,
+    rows: Sequence[dict[str, Any]],
+    seconds: dict[str, float],
+    task: str,
+    tracked: Any,
+    console: Console,
+) -> None:
     """Table, pictures, files, runs in MLflow."""
-    seconds = rows.known[TIMING]
     if options.halves:
         seconds = {**seconds, TIMED: seconds[HALVES]}
     order = dict.fromkeys((FULL, *options.masks, HALVES, TIMED))
-    found = joined([row for row in rows.known.values() if "curves" in row], list(order))
+    found = joined(rows, list(order))
     told = {"options": asdict(options), "task": task, "seconds": seconds, "run": tracked.id}
     out, entries = Path(options.out), summary(found, seconds)
     files = write_subsets(out, found, entries, told)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from torch import Tensor
 
 from evaluation.subsets import FULL, STARTS, Row, curve, interval, ratios
@@ -68,8 +68,9 @@ def _figure(rows: Sequence[Row], seconds: Mapping[str, float] | None, title: str
         axes.set_ylabel(label, fontsize=SMALL + 1, color=INK)
     for axes in panels[:2].flatten():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.4, 2, 3, 4.5, 7)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
     for line, name in zip(panels[:2], LOSSES, strict=True):
         _limit(line, full, others, name)
     _limit_ratios(panels[2], others, full)
