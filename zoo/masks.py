@@ -175,6 +175,9 @@ class Masks:
 
         Returns:
             The subset that is live.
+
+        Raises:
+            ConfigError: If the network has no such kernels.
         """
         if recipe.family == FULL:
             return self.everything
@@ -189,6 +192,8 @@ class Masks:
         layers = [cut(torch.stack(order)) for order in zip(*orders, strict=True)]
         if not recipe.family.startswith("first-conv"):
             return rows_subset(self.kernels, layers)
+        if all(own.dense for own in self.kernels):
+            raise ConfigError(f"masks: {recipe.name!r}: the network has no convolutions.")
         pairs = [pair for pair in zip(self.kernels, layers, strict=True) if not pair[0].dense]
         subset = rows_subset(*zip(*pairs, strict=True))
         dense = [key for own in self.kernels if own.dense for key in own.keys]

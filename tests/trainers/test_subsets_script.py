@@ -1,6 +1,7 @@
-"""Training of subsets as users start it: tables, an end, two processes that go on, refusals."""
+"""Training of subsets as users start it: tables, a kill, two processes that go on, refusals."""
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.methods.ledger import Ledger
 from trainers.subset_runs import HALVES, TIMED, Piece
 from trainers.subsets import SubsetOptions, main, stages
 
@@ -110,41 +110,31 @@ def test_trainings_go_on_from_where_the_whole_one_ended(whole):
 
 
 @pytest.fixture(scope="module")
-def interrupted(place):
-    """What a run leaves that ends while its fifth row is written."""
-    state = place / "ended.state"
-    add = Ledger.add
-
-    def cut_short(ledger, key, row):
-        if len(ledger.rows) == 4:
-            with ledger.path.open("a") as file:
-                file.write('{"key": "init; weak; se')
-            raise KeyboardInterrupt
-        add(ledger, key, row)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ledger, "add", cut_short)
-        with pytest.raises(KeyboardInterrupt):
-            command(patch, place, "--out", "ended", *SMALL, "--no-tracking")
-    assert not (place / "ended").exists()
-    return state / "rows.jsonl"
+def killed(whole, place):
+    """What a run leaves that is killed while its fifth row is written."""
+    state = place / "killed.state"
+    shutil.copytree(place / "whole.state", state)
+    ledger = state / "rows.jsonl"
+    rows = [row for row in ledger.read_text().splitlines(keepends=True) if '"run"' not in row[:20]]
+    ledger.write_text("".join(rows[:4]) + rows[4][:30])
+    return ledger
 
 
-def test_two_processes_go_on_where_a_run_ended_with_the_same_result(
-    whole, interrupted, place, launch, two_processes
+def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(
+    whole, killed, place, launch, two_processes
 ):
-    kept = interrupted.read_text().splitlines()
+    kept = killed.read_text().splitlines()
     assert len(kept) == 5
-    arguments = ("--out", "ended", *SMALL, "--no-tracking")
+    arguments = ("--out", "killed", *SMALL, "--no-tracking")
     done = launch(place, *arguments, **two_processes)
     assert done.code == 0, done.err
-    assert done.out.count("ended/table.json") == 1  # one of the two speaks
-    found = interrupted.read_text().splitlines()
+    assert done.out.count("killed/table.json") == 1  # one of the two speaks
+    found = killed.read_text().splitlines()
     assert found[:5] == kept
     keys = [json.loads(line)["key"] for line in found if line.endswith("}")]
     assert len(keys) == len(set(keys)) == PIECES + 1  # and the seconds
-    assert not list(interrupted.parent.glob("rows.*.jsonl"))
-    assert table(place / "ended")["rows"] == table(whole)["rows"]
+    assert not list(killed.parent.glob("rows.*.jsonl"))
+    assert table(place / "killed")["rows"] == table(whole)["rows"]
 
 
 def test_other_masks_go_on_with_the_rows_that_are_there(whole, place, monkeypatch):
