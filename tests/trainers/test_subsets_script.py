@@ -139,14 +139,15 @@ def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(
 
 def test_other_masks_go_on_with_the_rows_that_are_there(whole, place, monkeypatch):
     """Which masks there are decides nothing of what a row holds."""
-    ledger = place / "whole.state" / "rows.jsonl"
+    shutil.copytree(place / "whole.state", place / "more.state")
+    ledger = place / "more.state" / "rows.jsonl"
     before = len(ledger.read_text().splitlines())
-    arguments = ("--out", "whole", *SMALL, "--masks", "first", "upper", "--no-halves")
+    arguments = ("--out", "more", *SMALL, "--masks", "first", "upper", "--no-halves")
     arguments = (*arguments, "--starts", "init", "--no-tracking")
     rows = table(whole)["rows"]
     assert command(monkeypatch, place, *arguments) == 0
     assert len(ledger.read_text().splitlines()) == before + 3  # seconds, and two seeds of upper
-    found = {row["mask"]: row for row in table(whole)["rows"]}
+    found = {row["mask"]: row for row in table(place / "more")["rows"]}
     assert list(found) == ["full", "first", "upper"]
     assert found["first"] == next(row for row in rows if row["mask"] == "first")
 
