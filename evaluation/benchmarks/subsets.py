@@ -19,6 +19,7 @@ from metamerge.structure import Layout, discover_program
 from metamerge.subsets import find_kernels, live_weights
 from zoo import architectures
 from zoo.masks import FULL, Masks, Recipe
+from zoo.memory import keep_freed_memory
 from zoo.options import parse
 from zoo.partial import Data, Descent, PartialTraining
 from zoo.training import init_networks
@@ -44,6 +45,7 @@ class BenchmarkOptions:
 def main() -> None:
     """Entry point of ``python -m evaluation.benchmarks.subsets``."""
     options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.subsets")
+    keep_freed_memory()
     network = partial(
         architectures.build, options.architecture, options.shape, 10, widths=options.widths
     )
