@@ -178,7 +178,8 @@ def train(options: SubsetOptions, accelerator: Accelerator) -> None:
                     rows.add(piece.name, workshop.make(piece))
             rows.gather()
         if accelerator.is_main_process:
-            found = [rows.known[piece.name] for stage in planned for piece in stage]
+            told = (piece for stage in planned for piece in stage if piece.start in options.starts)
+            found = [rows.known[piece.name] for piece in told]
             finish(options, found, seconds, ground.split.task.name, tracked, console)
     accelerator.wait_for_everyone()
 
