@@ -1,4 +1,4 @@
-"""What trainings in rounds stand on: the task and its parts, the architecture, segments."""
+"""What trainings in pieces stand on: the task and its parts, the architecture, segments."""
 
 import json
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Ground:
         self.options, self.device, self.split = options, device, cut_task(options)
         task = self.split.task
         if task.regression:
-            raise ConfigError(f"task: {task.name!r} has no classes; rounds are judged by accuracy.")
+            raise ConfigError(f"task: {task.name!r} has no classes; it is judged by accuracy.")
         self.factory = factory_for(options, task)
         shape = tuple(task.inputs.shape[1:])
         self.program = check_trainable(self.factory(), shape, task.outputs, options.architecture)

@@ -303,9 +303,22 @@ def _orders(job: Job, networks: Tensor) -> Tensor:
     """Rows in the order in which each network meets them, ``[a, steps * b]``."""
     orders = torch.zeros(len(networks), int(job.steps[networks].max()) * job.batch_size).long()
     for i, network in enumerate(networks.tolist()):
-        own = job.rows[network]
-        generator = torch.Generator().manual_seed(job.seeds[network])
         length = int(job.steps[network]) * job.batch_size
-        shuffled = torch.rand(ceil(length / len(own)), len(own), generator=generator).argsort(1)
-        orders[i, :length] = own[shuffled].flatten()[:length]
+        orders[i, :length] = shuffled(job.rows[network], length, job.seeds[network])
     return orders
+
+
+def shuffled(rows: Tensor, length: int, seed: int) -> Tensor:
+    """Rows as a network meets them: all of them in a random order, then all in another.
+
+    Args:
+        rows: Row numbers.
+        length: How many it meets.
+        seed: Of the order.
+
+    Returns:
+        Row numbers ``[length]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(ceil(length / len(rows)), len(rows), generator=generator).argsort(1)
+    return rows[order].flatten()[:length]

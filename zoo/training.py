@@ -150,7 +150,7 @@ def train_networks(
     )
     result = _room(weights, job)
     order = steps.argsort(descending=True, stable=True)
-    chunk = chunk or _chunk_size(program, weights, inputs, batch_size)
+    chunk = chunk or chunk_size(program, weights, inputs, batch_size)
     for start in range(0, n, chunk):
         Chunk(job, weights, order[start : start + chunk], result).train()
         if progress:
@@ -175,7 +175,18 @@ def _room(weights: Weights, job: Job) -> Trained:
     return Trained(start, job.steps.clone(), losses, held_back, on_the_way, moments)
 
 
-def _chunk_size(program: Program, weights: Weights, inputs: Tensor, batch_size: int) -> int:
+def chunk_size(program: Program, weights: Weights, inputs: Tensor, batch_size: int) -> int:
+    """Networks to train side by side: as many as have a step's largest tensor in a core's cache.
+
+    Args:
+        program: The architecture.
+        weights: ``[n, ...]``.
+        inputs: Of the task, where networks are trained.
+        batch_size: Rows per step.
+
+    Returns:
+        Their number, from 1 on; 4,096 on a GPU.
+    """
     if inputs.device.type != "cpu":
         return 4096
     largest = max(tensor[0].numel() for tensor in weights.values())

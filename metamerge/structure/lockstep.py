@@ -123,7 +123,7 @@ class Execution:
             for key, lane in zip(keys, args[3:5], strict=True)
         ]
         affine = (None if t is None else t.flatten() for t in (weight, bias))
-        y = F.batch_norm(_as_channels(x), *known, *affine, True, momentum, eps)
+        y = F.batch_norm(as_channels(x), *known, *affine, True, momentum, eps)
         for key, value in zip(keys, known, strict=True):
             self.statistics[key] = value.unflatten(0, (n, -1))
         return Lane(rearrange(y, "b (n c) ... -> n b c ...", n=n), True)
@@ -242,10 +242,10 @@ def _conv2d(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor |
     x, weight, bias, stride, padding, dilation, groups = _convolution_arguments(args)
     if not weight.stacked or groups != 1 or not (bias is None or bias.stacked):
         return None
-    n, maps = len(weight.value), _as_channels(x.value) if x.stacked else x.value
+    n, maps = len(weight.value), as_channels(x.value) if x.stacked else x.value
     y = F.conv2d(
-        _channels_last(maps),
-        _channels_last(weight.value.flatten(0, 1)),
+        channels_last(maps),
+        channels_last(weight.value.flatten(0, 1)),
         None if bias is None else bias.value.flatten(),
         stride=stride,
         padding=padding,
@@ -255,12 +255,12 @@ def _conv2d(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor |
     return rearrange(y, "b (n o) h w -> n b o h w", n=n)
 
 
-def _as_channels(value: Tensor) -> Tensor:
+def as_channels(value: Tensor) -> Tensor:
     """Networks as part of the channels, without a copy where a convolution made the value."""
     return rearrange(value, "n b c ... -> b (n c) ...")
 
 
-def _channels_last(value: Tensor) -> Tensor:
+def channels_last(value: Tensor) -> Tensor:
     """A CPU convolves groups up to ten times as fast when their channels come last in memory."""
     fast = value.device.type == "cpu" and value.dtype in (torch.float32, torch.bfloat16)
     return value.contiguous(memory_format=torch.channels_last) if fast else value
@@ -281,7 +281,8 @@ def _spatial(op: str, args: tuple[Lane, ...], kwargs: dict[str, Any]) -> Tensor:
         # The gradient of a mean comes in another layout than its input, which costs the rest dear.
         op, options = "avg_pool2d.default", (x.shape[-2:],)
     if op in _POOLING and x.ndim == _POOLING[op] + 3:
-        y = operator(op)(_as_channels(x), *options, **kwargs)
+        maps = as_channels(x)  # one input channel leaves channels first
+        y = operator(op)(channels_last(maps) if maps.ndim == 4 else maps, *options, **kwargs)
         return rearrange(y, "b (n c) ... -> n b c ...", n=len(x))
     y = operator(op)(x.flatten(0, 1), *options, **kwargs)
     return y.unflatten(0, x.shape[:2])

@@ -309,7 +309,7 @@ def test_options_that_make_no_sense_end_with_code_2(tmp_path, monkeypatch, capsy
 
 def test_regressions_are_refused(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, tmp_path, "--task", "diabetes", "--objective", "100") != 0
-    assert "rounds are judged by accuracy" in capsys.readouterr().err
+    assert "it is judged by accuracy" in capsys.readouterr().err
 
 
 def test_options_can_be_written_down():
