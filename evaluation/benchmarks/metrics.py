@@ -34,6 +34,7 @@ from evaluation.metrics import (
 from metamerge.structure import Layout, discover_program
 from metamerge.weights import Weights
 from zoo import architectures
+from zoo.memory import keep_freed_memory
 from zoo.options import parse
 from zoo.parts import split_task
 from zoo.tasks import load_task
@@ -210,6 +211,7 @@ def made(networks: int) -> tuple[Layout, Weights]:
 def main() -> None:
     """Entry point of ``python -m evaluation.benchmarks.metrics``."""
     options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.metrics")
+    keep_freed_memory()  # as in every command
     console, members = Console(), 4
     images = split_task(load_task("digits")).images("test")
     layout, networks = made(max(options.networks, *options.counts))

@@ -80,11 +80,15 @@ def read_answers(logits: Tensor, targets: Tensor) -> Answers:
         What the scores are made of.
     """
     targets = targets.expand(logits.shape[:-1])
-    top = logits.max(-1)
-    above = (logits - top.values[..., None]).exp().sum(-1).log()  # the maximum is known by now
-    own = logits.gather(-1, targets[..., None]).squeeze(-1)
-    right = (top.indices == targets).to(logits.dtype)
-    return Answers(right, (-above).exp(), top.values + above - own)
+    by_class = logits.transpose(-1, -2).contiguous()  # [..., c, b], since b is larger than c
+    top = by_class.amax(-2)
+    below = by_class - top[..., None, :]
+    above = below.exp().sum(-2).log()  # the maximum is known by now
+    own = by_class.gather(-2, targets[..., None, :]).squeeze(-2)
+    right = own == top
+    if int((below == 0).count_nonzero()) != right.numel() or bool(above.isnan().any()):
+        right = logits.argmax(-1) == targets  # of equal logits the first counts
+    return Answers(right.to(logits.dtype), (-above).exp(), top + above - own)
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:

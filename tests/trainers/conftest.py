@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,34 @@ def launch(start):
         return SimpleNamespace(code=process.returncode, out=out, err=err)
 
     return launch
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Results are compared bit by bit, and launched processes have one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def command(request):
+    """The module's SCRIPT in this process, in a folder: its exit code."""
+
+    script = import_module(f"trainers.{Path(request.module.SCRIPT).stem}")
+
+    def command(monkeypatch, folder, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        monkeypatch.setattr(sys, "argv", [request.module.SCRIPT, *arguments])
+        try:
+            script.main()
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    return command
 
 
 @pytest.fixture(scope="session")

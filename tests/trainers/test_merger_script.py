@@ -46,7 +46,7 @@ SMALL_ZOO = ZooOptions(
     epochs=15.0,
 )
 
-pytestmark = pytest.mark.xdist_group("merger_script")
+pytestmark = [pytest.mark.xdist_group("merger_script"), pytest.mark.usefixtures("one_thread")]
 
 
 def command(monkeypatch, *arguments):
@@ -79,15 +79,6 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def zoo(place):
     return build(replace(SMALL_ZOO, out=str(place / "zoo")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Results are compared bit by bit, and launched processes have one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

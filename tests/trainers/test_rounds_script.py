@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from metamerge import merge
 from metamerge.checkpoints import read_checkpoints
 from metamerge.errors import ConfigError
 from trainers.ground import Course, Ground
-from trainers.rounds import RoundsOptions, main
+from trainers.rounds import RoundsOptions
 from zoo.training import predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,28 +29,7 @@ SMALL = (
 SHORT = (*SMALL, "--rounds", "3", "--no-tracking")
 COURSE = "k3-seed0-lr0.003"
 
-pytestmark = pytest.mark.xdist_group("rounds_script")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Results are compared bit by bit, and launched processes have one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def command(monkeypatch, folder, *arguments):
-    """The script in this process: its exit code, and what it wrote."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-    try:
-        main()
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
+pytestmark = [pytest.mark.xdist_group("rounds_script"), pytest.mark.usefixtures("one_thread")]
 
 
 def written(folder):
@@ -62,11 +40,16 @@ def weights_of(folder):
     return read_checkpoints(folder)[0].weights
 
 
-def made(monkeypatch, folder, *arguments):
+@pytest.fixture(scope="module")
+def made(command):
     """A short training in this process: rows, and the last network of the first."""
-    assert command(monkeypatch, folder, "--out", "run", *SHORT, *arguments) == 0
-    content = written(folder / "run")
-    return SimpleNamespace(rows=content["rows"], summary=content["summary"], out=folder / "run")
+
+    def made(monkeypatch, folder, *arguments):
+        assert command(monkeypatch, folder, "--out", "run", *SHORT, *arguments) == 0
+        content = written(folder / "run")
+        return SimpleNamespace(rows=content["rows"], summary=content["summary"], out=folder / "run")
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +58,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def whole(command, place):
     """One training that nothing interrupts, with Nesterov momentum and moments that are kept."""
     with pytest.MonkeyPatch.context() as patch:
         assert command(patch, place, "--out", "whole", *SMALL, *DEEP) == 0
@@ -147,7 +130,7 @@ def test_the_run_in_mlflow_holds_options_curves_and_files(whole, place):
     }
 
 
-def test_a_finished_training_is_not_made_again(whole, place, monkeypatch):
+def test_a_finished_training_is_not_made_again(command, whole, place, monkeypatch):
     before, began = written(whole), time.monotonic()
     assert command(monkeypatch, place, "--out", "whole", *SMALL, *DEEP) == 0
     after = written(whole)
@@ -159,7 +142,7 @@ def test_a_finished_training_is_not_made_again(whole, place, monkeypatch):
 # ------------------------------------------------------------------------------- kills, processes
 
 
-def test_a_killed_training_goes_on_and_loses_no_bit(whole, killed, place, monkeypatch):
+def test_a_killed_training_goes_on_and_loses_no_bit(command, whole, killed, place, monkeypatch):
     assert 3 <= killed.reached < ROUNDS
     assert command(monkeypatch, place, "--out", "killed", *SMALL, *DEEP) == 0
     found, expected = weights_of(place / "killed" / COURSE), weights_of(whole / COURSE)
@@ -198,14 +181,16 @@ def test_two_processes_reach_what_one_reaches(whole, place, launch, two_processe
     ],
     ids=lambda words: " ".join(words).replace("--", ""),
 )
-def test_any_merge_and_any_outer_optimiser_goes(tmp_path, monkeypatch, arguments):
+def test_any_merge_and_any_outer_optimiser_goes(made, tmp_path, monkeypatch, arguments):
     (row,) = made(monkeypatch, tmp_path, *arguments).rows
     assert len(row["curve"]["test"]) == 3
     assert 0 < row["curve"]["validation"][-1] <= 1
     assert min(row["curve"]["distance"]) > 0
 
 
-def test_aligned_members_with_own_inits_merge_better_than_unaligned_ones(tmp_path, monkeypatch):
+def test_aligned_members_with_own_inits_merge_better_than_unaligned_ones(
+    made, tmp_path, monkeypatch
+):
     found = {}
     for align in ("none", "weight_matching"):
         folder = tmp_path / align
@@ -215,7 +200,7 @@ def test_aligned_members_with_own_inits_merge_better_than_unaligned_ones(tmp_pat
     assert found["weight_matching"]["test_mean"] > found["none"]["test_mean"] + 0.1
 
 
-def test_the_union_sees_as_many_images_in_one_network(tmp_path, monkeypatch):
+def test_the_union_sees_as_many_images_in_one_network(made, tmp_path, monkeypatch):
     (row,) = made(monkeypatch, tmp_path, "--union").rows
     seen, union = sum(row["curve"]["images"]), sum(row["union"]["curve"]["images"])
     ground = Ground(RoundsOptions().zoo, torch.device("cpu"))
@@ -225,7 +210,7 @@ def test_the_union_sees_as_many_images_in_one_network(tmp_path, monkeypatch):
     assert row["union"]["passes"] == [2, 2, 2]
 
 
-def test_one_member_is_training_on_the_union(tmp_path, monkeypatch):
+def test_one_member_is_training_on_the_union(made, tmp_path, monkeypatch):
     """The same images, passes and rates; only inits and orders of images are others."""
     arguments = ("--members", "1", "--union", "--moments", "kept", "--seeds", "2")
     rows = made(monkeypatch, tmp_path, *arguments).rows
@@ -234,7 +219,7 @@ def test_one_member_is_training_on_the_union(tmp_path, monkeypatch):
         assert row["union"]["curve"]["test"][-1] == pytest.approx(row["curve"]["test"][-1], abs=0.1)
 
 
-def test_rounds_grow_and_a_leash_shortens_them(tmp_path, monkeypatch):
+def test_rounds_grow_and_a_leash_shortens_them(made, tmp_path, monkeypatch):
     for name, arguments in {"grow": ("--growth", "1"), "leash": ("--divergence", "0.02")}.items():
         (tmp_path / name).mkdir()
         (row,) = made(monkeypatch, tmp_path / name, *arguments, "--union").rows
@@ -247,7 +232,7 @@ def test_rounds_grow_and_a_leash_shortens_them(tmp_path, monkeypatch):
             assert sum(row["union"]["curve"]["images"]) <= sum(images) + 3 * 32
 
 
-def test_a_threshold_on_validation_images_ends_a_training(tmp_path, monkeypatch):
+def test_a_threshold_on_validation_images_ends_a_training(made, tmp_path, monkeypatch):
     arguments = ("--rounds", "30", "--threshold", "0.8", "--schedule", "constant")
     (row,) = made(monkeypatch, tmp_path, *arguments).rows
     validation = row["curve"]["validation"]
@@ -257,7 +242,7 @@ def test_a_threshold_on_validation_images_ends_a_training(tmp_path, monkeypatch)
     assert len(validation) < 30
 
 
-def test_every_number_of_members_and_rate_has_a_row(tmp_path, monkeypatch):
+def test_every_number_of_members_and_rate_has_a_row(made, tmp_path, monkeypatch):
     arguments = ("--members", "2", "4", "--lr", "0.003", "0.00001", "--rounds", "2")
     run = made(monkeypatch, tmp_path, *arguments)
     pairs = [(row["members"], row["lr"]) for row in run.rows]
@@ -302,12 +287,14 @@ def test_seeds_have_segments_inits_and_orders_of_their_own():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_options_that_make_no_sense_end_with_code_2(tmp_path, monkeypatch, capsys, arguments, told):
+def test_options_that_make_no_sense_end_with_code_2(
+    command, tmp_path, monkeypatch, capsys, arguments, told
+):
     assert command(monkeypatch, tmp_path, *arguments) == 2
     assert told in capsys.readouterr().err
 
 
-def test_regressions_are_refused(tmp_path, monkeypatch, capsys):
+def test_regressions_are_refused(command, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, tmp_path, "--task", "diabetes", "--objective", "100") != 0
     assert "it is judged by accuracy" in capsys.readouterr().err
 

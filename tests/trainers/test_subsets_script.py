@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from trainers.subset_runs import HALVES, TIMED, Piece
-from trainers.subsets import SubsetOptions, main, stages
+from trainers.subsets import SubsetOptions, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "trainers" / "subsets.py")
@@ -22,28 +20,7 @@ SMALL = (
 )
 PIECES = 2 * (2 * (1 + len(MASKS)) + 2)  # seeds; starts, full and masks; halves
 
-pytestmark = pytest.mark.xdist_group("subsets_script")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Results are compared bit by bit, and launched processes have one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def command(monkeypatch, folder, *arguments):
-    """The script in this process: its exit code."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-    try:
-        main()
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
+pytestmark = [pytest.mark.xdist_group("subsets_script"), pytest.mark.usefixtures("one_thread")]
 
 
 def table(folder):
@@ -56,7 +33,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def whole(command, place):
     """A run that nothing interrupts, tracked."""
     with pytest.MonkeyPatch.context() as patch:
         assert command(patch, place, "--out", "whole", *SMALL) == 0
@@ -137,7 +114,7 @@ def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(
     assert table(place / "killed")["rows"] == table(whole)["rows"]
 
 
-def test_other_masks_go_on_with_the_rows_that_are_there(whole, place, monkeypatch):
+def test_other_masks_go_on_with_the_rows_that_are_there(command, whole, place, monkeypatch):
     """Which masks there are decides nothing of what a row holds."""
     shutil.copytree(place / "whole.state", place / "more.state")
     ledger = place / "more.state" / "rows.jsonl"
@@ -176,7 +153,9 @@ def test_whole_trainings_come_before_what_is_held_against_them():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_options_that_make_no_sense_end_with_code_2(tmp_path, monkeypatch, capsys, arguments, told):
+def test_options_that_make_no_sense_end_with_code_2(
+    command, tmp_path, monkeypatch, capsys, arguments, told
+):
     assert command(monkeypatch, tmp_path, *arguments) == 2
     assert told in capsys.readouterr().err
 

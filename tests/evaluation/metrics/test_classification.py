@@ -14,6 +14,7 @@ from evaluation.metrics import (
     classification_scores,
     mixture_accuracies,
     negative_log_likelihood,
+    read_answers,
     references,
     reliability,
     soft_vote,
@@ -189,3 +190,13 @@ def test_agreement_counts_equal_answers():
     one = torch.eye(3)[[0, 1, 2, 0]]
     assert float(agreement(one, torch.eye(3)[[0, 1, 1, 2]])) == 0.5
     assert agreement(torch.stack([one, one.roll(1, -1)]), one).tolist() == [1.0, 0.0]
+
+
+def test_of_equal_logits_the_first_is_the_answer_whatever_stands_beside_them():
+    tied = torch.tensor([[2.0, 2.0, 1.0], [0.0, 3.0, 3.0]])
+    diverged = torch.tensor([[float("nan"), 0.0, 1.0], [float("inf"), 0.0, 1.0]])
+    logits = torch.stack([tied, diverged])
+    for classes in ([0, 1], [1, 2], [2, 0]):
+        targets = torch.tensor(classes)
+        right = read_answers(logits, targets).right
+        assert torch.equal(right, (logits.argmax(-1) == targets).float())
