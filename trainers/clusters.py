@@ -12,8 +12,7 @@ was.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from evaluation.methods.ledger import Ledger
@@ -33,7 +31,7 @@ from trainers.cluster_pictures import clusters_figures
 from trainers.cluster_runs import CLUSTERINGS, Prepared, prepare, subsample
 from trainers.cluster_scores import cluster_scores, row_scores, run_scores, test_outputs
 from trainers.cluster_tables import CELL, summary, write_tables
-from trainers.launching import launched
+from trainers.launching import launched, progress_bar
 from zoo import architectures
 from zoo.clustered import row_cross_entropy, row_squared_error, train_clustered
 from zoo.combination import RULES, rule_named
@@ -267,14 +265,14 @@ def train(options: ClusterOptions, accelerator: Accelerator) -> None:
             resume=known.get("run", {}).get("id"),
             enabled=options.tracking and accelerator.is_main_process,
         ) as tracked,
-        progress_bar(console, len(cells), len(cells) - len(left)) as advance,
+        progress_bar(console, "clusters", len(cells), len(cells) - len(left)) as advance,
     ):
         if tracked.id:
             ledger.add("run", {"id": tracked.id})
         for place, cell in enumerate(left):
             if place % accelerator.num_processes == rank:
                 ledger.add(cell.key, cell_row(options, cell, runs(cell.task, cell.clustering)))
-            advance(cell)
+            advance(1, " ".join(map(str, cell.about.values())))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             known = finished(out, options)
@@ -340,21 +338,6 @@ def finish(
             tracked.child(name, options=about, metrics=flat)
     if tracked.id:
         ledger.add("tracked", {"cells": names})
-
-
-@contextmanager
-def progress_bar(console: Console, total: int, done: int) -> Iterator[Callable[[Cell], None]]:
-    """A bar over the cells, with the name of the one that was finished last behind it."""
-    columns = (
-        TextColumn("clusters"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[cell]}"),
-    )
-    with Progress(*columns, console=console, disable=console.quiet) as bar:
-        task = bar.add_task("clusters", total=total, completed=done, cell="")
-        yield lambda cell: bar.update(task, advance=1, cell=" ".join(map(str, cell.about.values())))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metamerge.errors import MetaMergeError
 from zoo.memory import keep_freed_memory
@@ -43,3 +45,25 @@ def launched(name: str, **settings: Any) -> Iterator[Accelerator]:
         raise SystemExit(error.exit_code) from error
     finally:
         accelerator.end_training()
+
+
+@contextmanager
+def progress_bar(
+    console: Console, name: str, total: int, done: int = 0
+) -> Iterator[Callable[..., None]]:
+    """A bar with what was told last behind it.
+
+    Args:
+        console: Where to show it; a quiet one shows nothing.
+        name: Of the script.
+        total: Steps in all.
+        done: Steps that are done already; -1 where the call tells what comes next.
+
+    Yields:
+        ``advance(steps, told)``; what was told before stays if nothing is told.
+    """
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = TextColumn("{task.description}")
+    with Progress(*columns, shown, console=console, disable=console.quiet) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda steps, told=None: bar.update(task, advance=steps, description=told)

@@ -8,8 +8,8 @@ neither segments nor inits with training families.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -37,7 +36,7 @@ from metamerge.mergers import (
 from trainers.drawing import Drawing, draw_step
 from trainers.families import Data, Families, read_data
 from trainers.finishing import finish
-from trainers.launching import launched
+from trainers.launching import launched, progress_bar
 from trainers.outcome import Outcome, restore, snapshot
 from trainers.pretraining import pretrain
 from trainers.resume import load_state, save_state
@@ -241,8 +240,8 @@ def fit(
         enabled=options.tracking and accelerator.is_main_process,
     )
     tracked = guards.enter_context(tracking)  # open until the merger is judged and written
-    with progress_bar(console, options.steps, start) as advance:
-        best.run = tracked.id
+    with progress_bar(console, "merger", options.steps, start) as advance:
+        best.run, text = tracked.id, ""
         for step in range(start, options.steps):
             if best.stopped:
                 break
@@ -263,7 +262,9 @@ def fit(
                 told = {"loss": float(loss.detach()), **scores}
                 best.history.append({"step": done, **told})
                 tracked.metrics(told, step=done)
-                advance(done, scores)
+                reached = scores["share_above_threshold"]
+                text = f"accuracy {scores['validation_accuracy']:.3f}, above {reached:.0%}"
+            advance(1, text)
             best.seconds = time.perf_counter() - clock
             due = done % options.save_every == 0 or done == options.steps or best.stopped
             if due and accelerator.is_main_process:
@@ -291,27 +292,6 @@ def fingerprint(options: MergerOptions, digests: Sequence[str]) -> str:
     """Hash of what shapes the result."""
     shaping = {k: v for k, v in asdict(options).items() if k not in (*PLACES, "zoo")}
     return sha256(json.dumps([shaping, list(digests)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def progress_bar(console: Console, total: int, start: int) -> Iterator[Any]:
-    """A bar with the validation scores behind it."""
-    columns = (
-        TextColumn("merger"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[scores]}"),
-    )
-    with Progress(*columns, console=console, disable=console.quiet) as bar:
-        task = bar.add_task("merger", total=total, completed=start, scores="")
-
-        def advance(done: int, scores: dict[str, float]) -> None:
-            reached = scores["share_above_threshold"]
-            text = f"accuracy {scores['validation_accuracy']:.3f}, above {reached:.0%}"
-            bar.update(task, completed=done, scores=text)
-
-        yield advance
 
 
 if __name__ == "__main__":

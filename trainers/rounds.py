@@ -7,8 +7,7 @@ it one network is trained on the union of the segments, with as many passes over
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evaluation.methods.ledger import Ledger
 from evaluation.rounds import by_members, print_rounds, summary, write_rounds
@@ -29,7 +27,7 @@ from metamerge.outer import OUTER, Position, averaging
 from metamerge.registry import get_method
 from metamerge.weights import Weights, unstack
 from trainers.ground import Course, Ground
-from trainers.launching import launched
+from trainers.launching import launched, progress_bar
 from trainers.learners import Learners, Stint, distances, work
 from trainers.resume import load_state, save_state
 from trainers.sharing import agreed, everyone, own_members
@@ -185,7 +183,7 @@ class Common:
     digest: str  # of everything that shapes the results
     accelerator: Accelerator
     tracked: Run
-    advance: Callable[[int, Mapping[str, float]], None]  # the bar
+    advance: Callable[..., None]  # the bar
 
 
 def train(options: RoundsOptions, accelerator: Accelerator) -> None:
@@ -210,7 +208,7 @@ def train(options: RoundsOptions, accelerator: Accelerator) -> None:
         enabled=options.tracking and accelerator.is_main_process,
     )
     total = len(courses) * options.rounds * (1 + options.union)
-    with tracking as tracked, progress_bar(console, total) as advance:
+    with tracking as tracked, progress_bar(console, "rounds", total) as advance:
         if tracked.id:
             ledger.add("run", {"id": tracked.id})
         batches = ground.calibration(options.images, labels=options.labels)
@@ -220,7 +218,7 @@ def train(options: RoundsOptions, accelerator: Accelerator) -> None:
             known = ledger.rows.get(course.name)
             row = known or run_course(common, course)
             if known:
-                advance(options.rounds, {})
+                advance(options.rounds)
             elif accelerator.is_main_process:
                 ledger.add(course.name, row)
                 shutil.rmtree(options.states / course.name, ignore_errors=True)
@@ -254,7 +252,7 @@ def run_course(common: Common, course: Course) -> dict[str, Any]:
     standing = Standing(start, shared=options.init == "shared" or bool(course.passes))
     standing.restore(load_state(states, mark))
     accelerator.wait_for_everyone()  # nobody saves a state before everybody has read the last
-    common.advance(standing.rounds, {})
+    common.advance(standing.rounds)
     rounds = len(course.passes) or options.rounds
     clock = time.perf_counter() - standing.seconds
     while standing.rounds < rounds and not standing.stopped:
@@ -269,8 +267,8 @@ def run_course(common: Common, course: Course) -> dict[str, Any]:
             save_state(states, standing.rounds, *standing.snapshot(mark))
         told = {f"{course.name}/{part}": told[part] for part in JUDGED if part in told}
         common.tracked.metrics(told, step=standing.rounds)
-        common.advance(1, told)
-    common.advance(options.rounds - standing.rounds, {})
+        common.advance(1, f"{course.name}/validation {told[f'{course.name}/validation']:.3f}")
+    common.advance(options.rounds - standing.rounds)
     if accelerator.is_main_process:
         save_checkpoint(
             standing.position.centre,
@@ -361,26 +359,6 @@ def passes_over_union(options: RoundsOptions, row: Mapping[str, Any]) -> tuple[f
 def one_network(weights: Weights) -> Weights:
     """A stack of one, ``[1, ...]``."""
     return {key: tensor[None] for key, tensor in weights.items()}
-
-
-@contextmanager
-def progress_bar(console: Console, total: int) -> Iterator[Any]:
-    """A bar with the last validation accuracy behind it."""
-    columns = (
-        TextColumn("rounds"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"),
-    )
-    with Progress(*columns, console=console, disable=console.quiet) as bar:
-        task = bar.add_task("rounds", total=total, told="")
-
-        def advance(count: int, told: Mapping[str, float]) -> None:
-            shown = [f"{k} {v:.3f}" for k, v in told.items() if k.endswith("validation")]
-            bar.update(task, advance=count, **({"told": shown[0]} if shown else {}))
-
-        yield advance
 
 
 if __name__ == "__main__":

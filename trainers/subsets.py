@@ -7,8 +7,7 @@ channels are trained apart. Processes share the pieces of work; finished ones ar
 command goes on where it was killed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evaluation.compare import terminal
 from evaluation.methods.ledger import Ledger, gathered
@@ -27,7 +25,7 @@ from evaluation.subsets import joined, print_subsets, summary, write_subsets
 from evaluation.tracking import track
 from metamerge.errors import ConfigError
 from trainers.ground import Ground
-from trainers.launching import launched
+from trainers.launching import launched, progress_bar
 from trainers.subset_runs import (
     CONVERGED,
     HALVES,
@@ -172,9 +170,9 @@ def train(options: SubsetOptions, accelerator: Accelerator) -> None:
         planned = stages(options, seed_groups(options, ground), timed)
         for stage in planned:
             missing = share([piece for piece in stage if piece.name not in rows.known], accelerator)
-            with progress_bar(console, len(missing)) as advance:
+            with progress_bar(console, "subsets", len(missing), -1) as advance:
                 for piece in missing:
-                    advance(piece.name)
+                    advance(1, piece.name)
                     rows.add(piece.name, workshop.make(piece))
             rows.gather()
         if accelerator.is_main_process:
@@ -307,21 +305,6 @@ def finish(
         named = {key: entry[key] for key in ("start", "mask")}
         numbers = {k: v for k, v in entry.items() if k not in named and v is not None}
         tracked.child(f"{entry['start']}, {entry['mask']}", options=named, metrics=numbers)
-
-
-@contextmanager
-def progress_bar(console: Console, pieces: int) -> Iterator[Callable[[str], None]]:
-    """Pieces of this process; the call that is yielded says which comes next."""
-    columns = (
-        TextColumn("subsets"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, disable=console.quiet) as bar:
-        task = bar.add_task("", total=pieces, completed=-1)
-        yield lambda what: bar.update(task, advance=1, description=what)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ ratio of the times, ``details`` holds every part and the scores over 1 to 256 ne
 """
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +29,7 @@ from evaluation.metrics import (
     unit_variances,
     variance_ratio,
 )
+from evaluation.side_by_side import fastest
 from metamerge.structure import Layout, discover_program
 from metamerge.weights import Weights
 from zoo import architectures
@@ -180,16 +179,6 @@ def singles(weights: Weights) -> list[Weights]:
     return [{key: tensor[i : i + 1] for key, tensor in weights.items()} for i in range(count)]
 
 
-def fastest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of several runs."""
-    seconds = []
-    for _ in range(repeats):
-        clock = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - clock)
-    return min(seconds)
-
-
 def gap(one: object, other: object) -> float:
     """Largest difference between what two sides found."""
     if isinstance(one, dict):
@@ -226,10 +215,9 @@ def main() -> None:
     ours, theirs = (side(layout, families, images, mixed) for side in (AtOnce, OneByOne))
     parts, worst = {}, 0.0
     for name in PARTS:
-        work, other = getattr(ours, name), getattr(theirs, name)
-        worst = max(worst, gap(work(), other()))
-        parts[name] = [fastest(work, options.repeats), fastest(other, options.repeats)]
-        once, single = parts[name]
+        works = {"at_once": getattr(ours, name), "one_by_one": getattr(theirs, name)}
+        worst = max(worst, gap(*(work() for work in works.values())))
+        parts[name] = once, single = tuple(fastest(works, options.repeats).values())
         console.print(f"{name}: {1000 * once:.1f} ms at once, {1000 * single:.1f} ms one by one")
     if worst > TOLERANCE:
         raise SystemExit(f"metrics: both sides differ by {worst:.1e}, more than {TOLERANCE:.0e}.")
@@ -240,7 +228,8 @@ def main() -> None:
         def scores(own: Weights = own) -> object:
             return score_networks(layout.program, own, *images)
 
-        curve[number] = round(1e6 * fastest(scores, options.repeats) / number, 1)
+        seconds = fastest({"scores": scores}, options.repeats)["scores"]
+        curve[number] = round(1e6 * seconds / number, 1)
         console.print(f"scores of {number} networks at once: {curve[number]:.0f} us per network")
     together, apart = (sum(seconds[i] for seconds in parts.values()) for i in (0, 1))
     print(

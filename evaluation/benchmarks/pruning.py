@@ -7,14 +7,13 @@ zeros stand beside them, which saves nothing. ``value`` is the ratio of training
 """
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
+from evaluation.side_by_side import fastest
 from metamerge.ensembles import Mutant, fused, magnitude, pruned
 from metamerge.structure import Layout, discover_program, run
 from metamerge.weights import stack, unstack
@@ -117,16 +116,8 @@ def _timed(network: Mutant, inputs: torch.Tensor, repeats: int) -> Times:
         train_networks(program, weights, inputs, labels, rows, epochs=1, batch_size=len(inputs))
 
     parameters = sum(t.numel() for t in network.weights.values() if t.is_floating_point())
-    return Times(_fastest(forward, repeats), _fastest(step, repeats), parameters)
-
-
-def _fastest(work: Callable[[], None], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats + 1):
-        clock = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - clock)
-    return min(seconds[1:])
+    seconds = fastest({"forward": forward, "step": step}, repeats)
+    return Times(seconds["forward"], seconds["step"], parameters)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from metamerge.structure import Program
 from metamerge.weights import Weights
 from zoo.training import predict
 
-SAID = 2**20  # bytes of the outputs that are scored at a time: what a core's cache holds is fast
+SAID = 2**21  # bytes of the outputs that are scored at a time: what a core's cache holds is fast
 WEIGHTS = 2**28  # bytes of one tensor of the networks that are made at a time
 
 
