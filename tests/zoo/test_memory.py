@@ -19,10 +19,10 @@ def step():
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(5):
+for _ in range(10):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(20):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -35,8 +35,8 @@ def test_pages_are_cleared_in_the_first_steps_rather_than_in_every_one():
         for told in ("keep", "leave")
     )
     pages_of_a_step = 3 * 20_000_000 // resource.getpagesize()
-    assert keep < pages_of_a_step / 10
-    assert leave > 10 * keep
+    assert keep < 2 * pages_of_a_step  # a block may still find its place
+    assert leave > 10 * pages_of_a_step
 
 
 def test_the_environment_has_the_last_word(monkeypatch):
