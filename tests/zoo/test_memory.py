@@ -13,7 +13,7 @@ import resource, sys, torch
 from zoo.memory import keep_freed_memory
 
 def step():
-    x = torch.ones(5_000_000)
+    x = torch.ones(10_000_000)  # above the 32 MB up to which glibc adapts by itself
     y = x + 1
     return (x * y).sum()
 
@@ -34,7 +34,7 @@ def test_pages_are_cleared_in_the_first_steps_rather_than_in_every_one():
         int(subprocess.check_output([sys.executable, "-c", STEPS, told]))
         for told in ("keep", "leave")
     )
-    pages_of_a_step = 3 * 20_000_000 // resource.getpagesize()
+    pages_of_a_step = 3 * 40_000_000 // resource.getpagesize()
     assert keep < 2 * pages_of_a_step  # a block may still find its place
     assert leave > 10 * pages_of_a_step
 
