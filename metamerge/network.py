@@ -28,7 +28,8 @@ from metamerge.weights import Weights, strip_wrappers
 Data = tuple[Tensor, Tensor | None]
 """Calibration inputs ``[b, ...]`` and their labels ``[b]``, if there are any."""
 
-_LAYOUTS: dict[str, Layout] = {}  # proved layouts by digest of program and spec
+# Proved layouts, by digests of program and spec and the order in which tensors are listed.
+_LAYOUTS: dict[tuple[str, ...], Layout] = {}
 
 
 def carried_program(members: list[Checkpoint]) -> Program | None:
@@ -236,7 +237,7 @@ def find_layout(
     Raises:
         StructureError: If the user's spec leaves out a tensor, or the proof fails.
     """
-    key = f"{program.digest}-{spec.digest if spec else ''}"
+    key = (program.digest, spec.digest if spec else "", *program.parameters.values())
     if key not in _LAYOUTS:
         if spec is not None:
             spec.check_weights(*member)

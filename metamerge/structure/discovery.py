@@ -12,7 +12,8 @@ from metamerge.structure.spec import PermutationSpec
 from metamerge.structure.tracing import Inputs, trace
 from metamerge.structure.walk import Walk
 
-_SPECS: dict[tuple[str, bool], PermutationSpec] = {}  # proved specs by digest of the program
+# Proved specs, by digest of the program and the order in which its tensors are listed.
+_SPECS: dict[tuple[str, tuple[str, ...], bool], PermutationSpec] = {}
 
 
 def discover(model: nn.Module, example_inputs: Inputs, *, partial: bool = False) -> PermutationSpec:
@@ -50,12 +51,13 @@ def discover_program(program: Program, *, partial: bool = False) -> PermutationS
         partial: Whether what cannot be followed or proved is pinned rather than refused.
 
     Returns:
-        The permutation spec; the same one for the same program, which is proved once.
+        The permutation spec, its tensors in the order of the program; the same one for the same
+        program, which is proved once.
 
     Raises:
         StructureError: If an operator has no rule, or the proof fails.
     """
-    key = (program.digest, partial)
+    key = (program.digest, tuple(program.parameters.values()), partial)
     if key not in _SPECS:
         walk = Walk(program, partial)
         spec = walk.spec()

@@ -420,6 +420,23 @@ def test_a_program_is_proved_once(anew, monkeypatch):
         discover_program(program)
 
 
+def test_tensors_of_a_spec_are_in_the_order_of_its_own_network(anew):
+    class Net(nn.Module):
+        def __init__(self, names):
+            super().__init__()
+            shapes = {"enter": (6, 4), "slope": (6,), "leave": (3, 6)}
+            for name in names:
+                self.register_parameter(name, nn.Parameter(torch.ones(shapes[name])))
+
+        def forward(self, x):
+            return F.linear(F.prelu(F.linear(x, self.enter), self.slope), self.leave)
+
+    orders = [("enter", "slope", "leave"), ("leave", "enter", "slope")]
+    programs = [trace(Net(names), torch.zeros(2, 4)) for names in orders]
+    assert programs[0] == programs[1]
+    assert [tuple(discover_program(program).axes) for program in programs] == orders
+
+
 def test_what_is_pinned_is_not_remembered_for_those_who_refuse_it(anew):
     assert discover(spectrum(), torch.zeros(2, 4), partial=True).pinned
     with pytest.raises(StructureError, match="cannot be followed"):
