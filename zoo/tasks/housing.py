@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from http.client import HTTPException
 from pathlib import Path
 
@@ -112,8 +113,9 @@ def _fetch(place: Path) -> None:
     from sklearn.datasets import fetch_california_housing  # a second of import
 
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            bunch = fetch_california_housing(data_home=cache, n_retries=0)
+        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its second attempt; the error says it all
+            bunch = fetch_california_housing(data_home=cache, n_retries=1, delay=0.1)
     except (OSError, ValueError, HTTPException) as error:
         raise ZooError(
             f"load_task({CALIFORNIA!r}): no {place / _FILE}, and scikit-learn could not fetch it "
