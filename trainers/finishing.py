@@ -17,7 +17,7 @@ from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
 
-REFINING = (0, 25, 50, 100)  # steps of refining that validation families choose from
+REFINING = (0, 25, 50, 100, 200)  # steps of refining that validation families choose from
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
 GATED = 12  # families per size that gates are run on
 

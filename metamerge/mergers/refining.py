@@ -2,7 +2,8 @@
 
 Distillation (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
 arXiv:1503.02531) of a consensus that a merger has learned to weigh, from a start that it has fused,
-on probes that it has learned: no images are needed, and some dozens of steps are enough.
+on probes that it has learned: no images are needed, and some dozens of steps are enough. A few
+hundred probes are too few for more steps than that, so mixtures of them stand beside them.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
 BATCH = 256  # inputs per step
+ENOUGH = 4096  # inputs that mixtures fill up to
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
 AGREED = 1e-6  # divergence below which there is nothing to refine
@@ -83,11 +85,14 @@ def refine(
         New weights ``[f, ...]``; what belongs to no layer is as it was, and so is a network that
         says what its members say already.
     """
+    chosen = generator or torch.Generator().manual_seed(0)
+    if any(layer.reads_inputs for layer in layout.layers):  # and no rows are looked up by numbers
+        count = min(ENOUGH, steps * BATCH // 4) - len(inputs)
+        inputs = torch.cat([inputs, mixtures(inputs, max(count, 0), chosen)])
     with torch.no_grad():
         wanted = consensus(trust.detach(), answers_of(members, layout, inputs)).softmax(-1)
         apart = divergence(predict(fused, layout, inputs), wanted)
     rates = lr * (apart > AGREED)
-    chosen = generator or torch.Generator().manual_seed(0)
 
     def loss(weights: Weights) -> Tensor:
         rows = torch.randperm(len(inputs), generator=chosen)[:BATCH].to(inputs.device)
@@ -95,6 +100,26 @@ def refine(
         return divergence(logits, wanted[:, rows])
 
     return descend(fused, layout, loss, steps=steps, lr=rates)
+
+
+def mixtures(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Mix pairs of inputs: more than half of one, and the rest of another.
+
+    Paper: Zhang et al., "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412; for
+    distillation, whose targets need no mixing, Beyer et al., "Knowledge Distillation: A Good
+    Teacher Is Patient and Consistent", arXiv:2106.05237.
+
+    Args:
+        inputs: ``[b, ...]``.
+        count: How many.
+        generator: Source of randomness.
+
+    Returns:
+        ``[count, ...]``.
+    """
+    pairs = torch.randint(len(inputs), (2, count), generator=generator).to(inputs.device)
+    share = torch.rand(count, generator=generator).mul(0.5).to(inputs)
+    return inputs[pairs[0]].lerp(inputs[pairs[1]], share.reshape(-1, *[1] * (inputs.ndim - 1)))
 
 
 def answers_of(members: Weights, layout: Layout, inputs: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from torch import nn
 from metamerge.alignment import weight_matching
 from metamerge.calibration import divergence, predict
 from metamerge.errors import ConfigError
-from metamerge.mergers import consensus, fuse, refine
+from metamerge.mergers import consensus, fuse, refine, refining
 from metamerge.mergers.ordering import in_canonical_order
-from metamerge.mergers.refining import AGREED, answers_of, descend
+from metamerge.mergers.refining import AGREED, answers_of, descend, mixtures
 from metamerge.structure import Layout, discover_program, run, trace
 from metamerge.weights import stack
 
@@ -198,6 +198,39 @@ def test_more_inputs_than_a_step_takes_are_drawn_by_the_generator(mlp_case):
 
     assert furthest(refined(None), refined(0)) == 0
     assert furthest(refined(1), refined(0)) > 0
+
+
+def test_a_mixture_is_more_than_half_of_one_input_and_the_rest_of_another():
+    inputs = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    found = mixtures(inputs, 500, torch.Generator().manual_seed(0))
+    assert found.shape == (500, 3)
+    assert torch.allclose(found.sum(1), torch.ones(500))
+    assert found.amax(1).min() >= 0.5
+    assert found.amax(1).min() < 0.51
+    assert (found.amax(1) == 1).float().mean() == pytest.approx(1 / 3, abs=0.07)  # 3 deviations
+    assert found.argmax(1).unique().tolist() == [0, 1, 2]
+    assert ((found > 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "asked"),
+    [("vision", 4, 256), ("vision", 100, 4096), ("encoder", 4, 40)],  # tokens are not mixed
+)
+def test_mixtures_fill_up_what_is_there_to_learn_from(
+    wired_network, monkeypatch, name, steps, asked
+):
+    wired, found = wired_network(name), []
+
+    def answers(members, layout, inputs):
+        found.append(inputs)
+        return answers_of(members, layout, inputs)
+
+    monkeypatch.setattr(refining, "answers_of", answers)
+    monkeypatch.setattr(refining, "descend", lambda weights, *_, **__: weights)
+    start, trust = average(wired.members), drawn_trust(2, 3)
+    refine(start, wired.members, wired.layout, wired.inputs, trust, steps=steps)
+    assert len(found[0]) == asked
+    assert torch.equal(found[0][:40], wired.inputs)
 
 
 def test_refining_needs_no_gradient_to_be_switched_on(mlp_case):
