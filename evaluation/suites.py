@@ -193,7 +193,9 @@ SMOOTH = {"prior": 7, "target": 1.0, "garbage": 0.1}  # on images of 28 x 28; al
 SKEWED_MERGER = Training(
     (FASHION_SKEWED,), {**SMOOTH, "families": 12, "steps": 240, "images": 384, "eval_every": 40}
 )
-MLP_MERGER = Training((FASHION_MLP,), {**SMOOTH, "families": 8, "steps": 150, "images": 256})
+MLP_MERGER = Training(
+    (FASHION_MLP,), {**SMOOTH, "probes": 1024, "families": 8, "steps": 150, "images": 256}
+)
 CNN_MERGER = {
     "target": 1.0,
     "garbage": 0.1,
@@ -263,7 +265,7 @@ MERGERS = (
         name="fashion-cnn",
         target="weights only: above the best member (84.2); 500 unlabelled: within 1 point of the "
         "ensemble (85.7)",
-        mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 90}),),
+        mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 150}),),
         compare={"full": False},  # controls on all of them train too long on a CPU
         goals=(
             Goal("best member", members=8, over_data="labelled"),

@@ -17,8 +17,12 @@ from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
 
-REFINING = (0, 25, 50, 100, 200)  # steps of refining that validation families choose from
-ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
+FILL = 4096  # inputs that mixtures of probes fill up to
+REFINING = (  # steps, and inputs with mixtures, that validation families choose from
+    *((0, 0), (25, 0), (50, 0), (100, 0)),
+    *((100, FILL), (200, FILL)),
+)
+ENOUGH = 5e-4  # accuracy below the best that less refining may have
 GATED = 12  # families per size that gates are run on
 
 
@@ -48,8 +52,9 @@ def finish(
     merger.load_state_dict(best.weights)
     merger.eval()
     refined = try_refining(merger, data.validation, goal)
-    steps = min(s for s, value in refined.items() if value >= max(refined.values()) - ENOUGH)
-    merger.config = replace(merger.config, refine=steps)
+    good = max(refined.values()) - ENOUGH
+    steps, fill = next(choice for choice in REFINING if refined[choice] >= good)
+    merger.config = replace(merger.config, refine=steps, mixtures=fill)
     gates = {group.name: gates_of(merger, group) for group in data.validation}
     card = {
         "options": dict(record),
@@ -58,7 +63,10 @@ def finish(
             for zoo in data.zoos
         ],
         "validation": best.scores,
-        "refining": {str(step): value for step, value in refined.items()},
+        "refining": [
+            {"steps": some, "mixtures": filled, "accuracy": value}
+            for (some, filled), value in refined.items()
+        ],
         "step": best.step,
         "stopped_at_target": best.stopped,
         "seconds": round(best.seconds, 1),
@@ -70,7 +78,7 @@ def finish(
     }
     folder = save_merger(merger.cpu(), record["out"], card)
     tracked.text(json.dumps(card, indent=1), "card.json")
-    tracked.metrics({"refined_accuracy": refined[steps], "best_step": best.step})
+    tracked.metrics({"refined_accuracy": refined[steps, fill], "best_step": best.step})
     tracked.metrics({f"gates/{k}/{g.name}": g.value for k, own in gates.items() for g in own})
     failed = [
         f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}"
@@ -82,7 +90,7 @@ def finish(
     share = best.scores["share_above_threshold"]
     console.print(
         f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
-        f"{refined[steps]:.3f} after {steps} steps of refining, "
+        f"{refined[steps, fill]:.3f} after {steps} steps of refining{' on mixtures' * bool(fill)}, "
         f"{share:.0%} of families above threshold, {best.seconds:.0f} s"
     )
     if failed:
@@ -90,8 +98,10 @@ def finish(
     console.print(f"[bold]gates[/] all {sum(map(len, gates.values()))} passed")
 
 
-def try_refining(merger: Merger, groups: Sequence[Families], goal: Goal) -> dict[int, float]:
-    """Refine merged validation families by different numbers of steps.
+def try_refining(
+    merger: Merger, groups: Sequence[Families], goal: Goal
+) -> dict[tuple[int, int], float]:
+    """Refine merged validation families in every way of ``REFINING``.
 
     Args:
         merger: The merger.
@@ -99,17 +109,20 @@ def try_refining(merger: Merger, groups: Sequence[Families], goal: Goal) -> dict
         goal: What they are judged by.
 
     Returns:
-        Steps -> mean accuracy.
+        Steps, and inputs that mixtures fill up to -> mean accuracy.
     """
-    found: dict[int, list[Tensor]] = {steps: [] for steps in REFINING}
+    found: dict[tuple[int, int], list[Tensor]] = {choice: [] for choice in REFINING}
+    trained = merger.config
     for group in groups:
         wanted, _ = judged(group, goal)
         for rows in torch.arange(len(group)).split(goal.at_once):
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            for steps, scores in found.items():
+            for (steps, fill), scores in found.items():
+                merger.config = replace(trained, mixtures=fill)
                 fused = fuse(merger, members, group.layout, steps=steps)
                 scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
-    return {steps: float(torch.cat(scores).mean()) for steps, scores in found.items()}
+    merger.config = trained
+    return {choice: float(torch.cat(scores).mean()) for choice, scores in found.items()}
 
 
 def gates_of(merger: Merger, group: Families) -> list[Gate]:

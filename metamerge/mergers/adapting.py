@@ -103,12 +103,12 @@ def _starts(
     merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor
 ) -> tuple[dict[str, Weights], Tensor, Tensor]:
     """Networks to start from, the inputs that hold them, and whom to trust there."""
-    steps = merger.config.refine
+    steps, fill = merger.config.refine, merger.config.mixtures
     probes = merger.probes.for_members(members, layout)
     starts = {}
     for name, watched in (("weights only", probes), ("calibrated", inputs)):
         fused, trust = merger(members, layout, watched)
-        starts[name] = refine(fused, members, layout, watched, trust, steps=steps)
+        starts[name] = refine(fused, members, layout, watched, trust, steps=steps, fill=fill)
     return starts, torch.cat([probes, inputs]), trust
 
 

@@ -40,6 +40,7 @@ class AutoencoderConfig:
         skip: Whether decoded rows are added to the mixed ones; without, they stand for themselves,
             and there is no gate and no refit.
         refine: Steps of refining that proved best when the merger was trained.
+        mixtures: Inputs that these steps learn from, filled up by mixtures of probes; 0: none.
     """
 
     probes: int = 256
@@ -51,6 +52,7 @@ class AutoencoderConfig:
     levels: tuple[str, ...] = ("unit", "layer", "model")
     skip: bool = True
     refine: int = 0
+    mixtures: int = 0
 
 
 class AutoencoderMerger(nn.Module):

@@ -37,6 +37,7 @@ class GNNConfig:
         gate: Whether the competence gate is on.
         levels: Where mixing coefficients come from: ``unit``, ``layer``, ``model``.
         refine: Steps of refining that proved best when the merger was trained.
+        mixtures: Inputs that these steps learn from, filled up by mixtures of probes; 0: none.
     """
 
     probes: int = 256
@@ -48,6 +49,7 @@ class GNNConfig:
     gate: bool = True
     levels: tuple[str, ...] = ("unit", "layer", "model")
     refine: int = 0
+    mixtures: int = 0
 
 
 class GNNMerger(nn.Module):

@@ -18,7 +18,6 @@ from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
 BATCH = 256  # inputs per step
-ENOUGH = 4096  # inputs that mixtures fill up to
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
 AGREED = 1e-6  # divergence below which there is nothing to refine
@@ -54,7 +53,8 @@ def fuse(
     fused, trust = merger(members, layout, watched)
     steps = merger.config.refine if steps is None else steps
     if steps:
-        fused = refine(fused, members, layout, watched.detach(), trust, steps=steps)
+        watched, fill = watched.detach(), merger.config.mixtures
+        fused = refine(fused, members, layout, watched, trust, steps=steps, fill=fill)
     return layout.spec.unpermute(fused, perm)
 
 
@@ -66,6 +66,7 @@ def refine(
     trust: Tensor,
     *,
     steps: int,
+    fill: int = 0,
     lr: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Weights:
@@ -78,17 +79,17 @@ def refine(
         inputs: Probes or calibration inputs, ``[b, ...]``.
         trust: What the gate read of the members, ``[f, m, c, TOLD]``.
         steps: Number of steps; the learning rate falls to 0 over them.
+        fill: Number of inputs that mixtures of them fill up to, where inputs can be mixed.
         lr: Learning rate of the first step.
-        generator: Source of the order of inputs.
+        generator: Source of the mixtures, and of the order of inputs.
 
     Returns:
         New weights ``[f, ...]``; what belongs to no layer is as it was, and so is a network that
         says what its members say already.
     """
     chosen = generator or torch.Generator().manual_seed(0)
-    if any(layer.reads_inputs for layer in layout.layers):  # and no rows are looked up by numbers
-        count = min(ENOUGH, steps * BATCH // 4) - len(inputs)
-        inputs = torch.cat([inputs, mixtures(inputs, max(count, 0), chosen)])
+    if fill > len(inputs) and any(layer.reads_inputs for layer in layout.layers):  # not tokens
+        inputs = torch.cat([inputs, mixtures(inputs, fill - len(inputs), chosen)])
     with torch.no_grad():
         wanted = consensus(trust.detach(), answers_of(members, layout, inputs)).softmax(-1)
         apart = divergence(predict(fused, layout, inputs), wanted)

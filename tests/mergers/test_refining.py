@@ -213,11 +213,11 @@ def test_a_mixture_is_more_than_half_of_one_input_and_the_rest_of_another():
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "asked"),
-    [("vision", 4, 256), ("vision", 100, 4096), ("encoder", 4, 40)],  # tokens are not mixed
+    ("name", "fill", "asked"),
+    [("vision", 0, 40), ("vision", 30, 40), ("vision", 256, 256), ("encoder", 256, 40)],
 )
-def test_mixtures_fill_up_what_is_there_to_learn_from(
-    wired_network, monkeypatch, name, steps, asked
+def test_mixtures_fill_up_what_is_there_to_learn_from_but_tokens(
+    wired_network, monkeypatch, name, fill, asked
 ):
     wired, found = wired_network(name), []
 
@@ -228,7 +228,7 @@ def test_mixtures_fill_up_what_is_there_to_learn_from(
     monkeypatch.setattr(refining, "answers_of", answers)
     monkeypatch.setattr(refining, "descend", lambda weights, *_, **__: weights)
     start, trust = average(wired.members), drawn_trust(2, 3)
-    refine(start, wired.members, wired.layout, wired.inputs, trust, steps=steps)
+    refine(start, wired.members, wired.layout, wired.inputs, trust, steps=4, fill=fill)
     assert len(found[0]) == asked
     assert torch.equal(found[0][:40], wired.inputs)
 
@@ -266,19 +266,19 @@ def test_without_steps_fusing_is_the_merger_itself(case, make_merger):
 
 
 def test_steps_refine_on_what_members_were_watched_on(case, make_merger):
-    merger = make_merger(refine=4)
+    merger = make_merger(refine=4, mixtures=64)
     members, perm = in_canonical_order(align(case), case.layout)
     for inputs in (None, case.inputs):
         fused, trust = merger(members, case.layout, inputs)
         watched = merger.probes.for_members(members, case.layout) if inputs is None else inputs
-        expected = refine(fused, members, case.layout, watched, trust, steps=4)
+        expected = refine(fused, members, case.layout, watched, trust, steps=4, fill=64)
         found = fuse(merger, align(case), case.layout, inputs)
         assert furthest(found, case.layout.spec.unpermute(expected, perm)) < 1e-6
         assert furthest(expected, fused) > 1e-4
 
 
 def test_refining_does_not_depend_on_the_order_of_members_and_units(case, make_merger):
-    merger, members, spec = make_merger(refine=20), align(case), case.layout.spec
+    merger, members, spec = make_merger(refine=20, mixtures=64), align(case), case.layout.spec
     expected = fuse(merger, members, case.layout)
     turned = {key: tensor[:, [2, 0, 3, 1]] for key, tensor in members.items()}
     assert furthest(fuse(merger, turned, case.layout), expected) == 0

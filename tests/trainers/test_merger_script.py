@@ -183,19 +183,18 @@ def test_the_card_says_where_a_merger_comes_from(trained, zoo):
 
 
 def test_the_steps_of_refining_are_those_that_validation_families_chose(trained):
-    refining = {int(steps): score for steps, score in trained.card["refining"].items()}
-    assert refining.keys() == set(REFINING)
+    told = trained.card["refining"]
+    refining = {(row["steps"], row["mixtures"]): row["accuracy"] for row in told}
+    assert tuple(refining) == REFINING
     # Without refining it is the merger that the loop judged.
     found = trained.card["validation"]["validation_accuracy"]
-    assert refining[0] == pytest.approx(found, abs=1e-6)
-    chosen = load_merger(trained.folder).config.refine
-    assert refining[chosen] >= max(refining.values()) - ENOUGH
-    assert all(
-        score < max(refining.values()) - ENOUGH for s, score in refining.items() if s < chosen
-    )
-    assert f"{refining[chosen]:.3f} after {chosen} steps of refining" in " ".join(
-        trained.out.split()
-    )
+    assert refining[0, 0] == pytest.approx(found, abs=1e-6)
+    config, good = load_merger(trained.folder).config, max(refining.values()) - ENOUGH
+    chosen = (config.refine, config.mixtures)
+    assert refining[chosen] >= good
+    assert all(refining[less] < good for less in REFINING[: REFINING.index(chosen)])
+    words = f"{refining[chosen]:.3f} after {config.refine} steps of refining"
+    assert words + " on mixtures" * bool(config.mixtures) in " ".join(trained.out.split())
 
 
 def test_every_gate_was_measured_and_passed(trained):
