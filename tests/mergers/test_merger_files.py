@@ -167,6 +167,13 @@ def test_a_configuration_that_is_none_is_refused(folder, change):
         load_merger(folder)
 
 
+def test_mergers_of_earlier_versions_do_without_what_was_added_later(folder):
+    expected = load_merger(folder).config
+    rewrite(folder, lambda metadata: metadata["config"].pop("mixtures"))
+    assert expected.mixtures == 0
+    assert load_merger(folder).config == expected
+
+
 def test_loading_leaves_the_callers_random_numbers_alone(folder):
     torch.manual_seed(0)
     expected = torch.rand(3)
