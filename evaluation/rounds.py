@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -265,9 +265,10 @@ def _dress(left: Axes, right: Axes, title: str, ceilings: list[float], margin: f
         left.set_ylim(low, 100 * max(ceilings) + 1.5)
     left.set_xlabel("rounds", fontsize=9)
     left.set_ylabel("test accuracy in %", fontsize=9)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xscale("log")
     for axis in (right.xaxis.set_major_formatter, right.xaxis.set_minor_formatter):
-        axis(LogFormatter(minor_thresholds=(2, 0.5)))
+        axis(LogFormatter(minor_thresholds=(2, 0.4)))
     right.tick_params(axis="x", which="both", labelsize=8)
     right.set_xlabel("sent in MB: K networks up and K down every round", fontsize=9)
     left.legend(fontsize=8, frameon=False, loc="lower right")

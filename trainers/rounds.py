@@ -224,11 +224,22 @@ def train(options: RoundsOptions, accelerator: Accelerator) -> None:
                 shutil.rmtree(options.states / course.name, ignore_errors=True)
             return dict(row)
 
+        unions: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+        def union_of(course: Course) -> dict[str, Any]:
+            images = ground.segments(course)[0].rows[0]
+            key = (course.seed, course.lr, course.passes, images.numpy().tobytes())
+            if key in unions:  # however many members share these images
+                advance(options.rounds)
+            else:
+                unions[key] = row_of(course)
+            return unions[key]
+
         rows = []
         for course in courses:
             row = row_of(course)
             if options.union:
-                row["union"] = row_of(replace(course, passes=passes_over_union(options, row)))
+                row["union"] = union_of(replace(course, passes=passes_over_union(options, row)))
             rows.append(row)
         if accelerator.is_main_process:
             told = {"options": asdict(options), "task": ground.split.task.name, "run": tracked.id}

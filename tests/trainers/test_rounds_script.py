@@ -210,6 +210,12 @@ def test_the_union_sees_as_many_images_in_one_network(made, tmp_path, monkeypatc
     assert row["union"]["passes"] == [2, 2, 2]
 
 
+def test_all_numbers_of_members_share_the_union_of_the_same_images(made, tmp_path, monkeypatch):
+    run = made(monkeypatch, tmp_path, "--union", "--members", "2", "4", "--rounds", "1")
+    assert run.rows[0]["union"] == run.rows[1]["union"]
+    assert len(list(run.out.glob("union-*"))) == 1
+
+
 def test_one_member_is_training_on_the_union(made, tmp_path, monkeypatch):
     """The same images, passes and rates; only inits and orders of images are others."""
     arguments = ("--members", "1", "--union", "--moments", "kept", "--seeds", "2")
