@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -267,8 +267,9 @@ def _dress(left: Axes, right: Axes, title: str, ceilings: list[float], margin: f
     left.set_ylabel("test accuracy in %", fontsize=9)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xscale("log")
+    right.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     for axis in (right.xaxis.set_major_formatter, right.xaxis.set_minor_formatter):
-        axis(LogFormatter(minor_thresholds=(2, 0.4)))
+        axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(9, 9)))
     right.tick_params(axis="x", which="both", labelsize=8)
     right.set_xlabel("sent in MB: K networks up and K down every round", fontsize=9)
     left.legend(fontsize=8, frameon=False, loc="lower right")
