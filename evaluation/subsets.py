@@ -130,9 +130,10 @@ def _entry(row: Row, full: Row, seconds: Mapping[str, float]) -> Iterator[tuple[
         yield from _told("test_alone", torch.tensor(row["test_alone"], dtype=torch.float64))
     steps = full["steps"]
     goal = float(curve(full, "validation")[:, _nearest(steps, 0.5)].mean())
-    reached = steps_to(row, goal)
+    reached, whole_way = steps_to(row, goal), steps_to(full, goal)
     yield "steps_to", reached
-    yield "seconds_to", None if reached is None else reached * pace / steps_to(full, goal)
+    if reached is not None and whole_way:  # a network that is restarted may be there at once
+        yield "seconds_to", reached * pace / whole_way
     if "same" in row["curves"]:
         apart = ratios(row, full)
         yield from _told("moved_early", apart[:, _nearest(row["steps"], EARLY) - 1])

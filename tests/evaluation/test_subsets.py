@@ -101,6 +101,14 @@ def test_restarts_tell_how_far_they_went():
     assert "| `first` | 50 | 200 ± 0 |" in markdown([own])
 
 
+def test_a_network_that_was_there_at_once_has_no_seconds_to_compare_with():
+    """Restarted from its end it starts below the loss that it has later."""
+    worse = {"validation": [0.4, 0.5, 0.6], "moved": [0, 2, 4]}
+    told = summary([row("full", start="converged", **worse)], SECONDS)[0]
+    assert told["steps_to"] == 0
+    assert "seconds_to" not in told
+
+
 def test_pictures_have_a_column_per_kind_of_mask():
     masks = ("first", "random", "weak", "random-weights", "first~20", "halves")
     seconds = dict.fromkeys(("full", *masks), 0.1)
