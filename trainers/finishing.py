@@ -22,7 +22,8 @@ REFINING = (  # steps, and inputs with mixtures, that validation families choose
     *((0, 0), (25, 0), (50, 0), (100, 0)),
     *((100, FILL), (200, FILL)),
 )
-ENOUGH = 5e-4  # accuracy below the best that less refining may have
+ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
+WORTH = 1e-3  # accuracy that mixtures have to add, since they take several times as long
 GATED = 12  # families per size that gates are run on
 
 
@@ -52,8 +53,7 @@ def finish(
     merger.load_state_dict(best.weights)
     merger.eval()
     refined = try_refining(merger, data.validation, goal)
-    good = max(refined.values()) - ENOUGH
-    steps, fill = next(choice for choice in REFINING if refined[choice] >= good)
+    steps, fill = chosen(refined)
     merger.config = replace(merger.config, refine=steps, mixtures=fill)
     gates = {group.name: gates_of(merger, group) for group in data.validation}
     card = {
@@ -123,6 +123,23 @@ def try_refining(
                 scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
     merger.config = trained
     return {choice: float(torch.cat(scores).mean()) for choice, scores in found.items()}
+
+
+def chosen(refined: Mapping[tuple[int, int], float]) -> tuple[int, int]:
+    """Choose how to refine: on mixtures if they are worth it, and in as few steps as are good.
+
+    Args:
+        refined: What ``try_refining`` found.
+
+    Returns:
+        Steps, and inputs that mixtures fill up to.
+    """
+    best = {
+        fill: max(value for (_, f), value in refined.items() if f == fill) for fill in (0, FILL)
+    }
+    fill = FILL if best[FILL] >= best[0] + WORTH else 0
+    steps = min(s for (s, f), v in refined.items() if f == fill and v >= best[fill] - ENOUGH)
+    return steps, fill
 
 
 def gates_of(merger: Merger, group: Families) -> list[Gate]:

@@ -20,7 +20,7 @@ from metamerge.checkpoints import read_checkpoints
 from metamerge.errors import ConfigError
 from metamerge.mergers import load_merger, read_card
 from metamerge.weights import stack
-from trainers.finishing import ENOUGH, REFINING
+from trainers.finishing import REFINING, chosen
 from trainers.merger import MergerOptions, fingerprint, main
 from trainers.resume import load_state
 from zoo.build import ZooOptions, build, split_of
@@ -189,11 +189,10 @@ def test_the_steps_of_refining_are_those_that_validation_families_chose(trained)
     # Without refining it is the merger that the loop judged.
     found = trained.card["validation"]["validation_accuracy"]
     assert refining[0, 0] == pytest.approx(found, abs=1e-6)
-    config, good = load_merger(trained.folder).config, max(refining.values()) - ENOUGH
-    chosen = (config.refine, config.mixtures)
-    assert refining[chosen] >= good
-    assert all(refining[less] < good for less in REFINING[: REFINING.index(chosen)])
-    words = f"{refining[chosen]:.3f} after {config.refine} steps of refining"
+    config = load_merger(trained.folder).config
+    choice = (config.refine, config.mixtures)
+    assert choice == chosen(refining)
+    words = f"{refining[choice]:.3f} after {config.refine} steps of refining"
     assert words + " on mixtures" * bool(config.mixtures) in " ".join(trained.out.split())
 
 
