@@ -23,7 +23,6 @@ REFINING = (  # steps, and inputs with mixtures, that validation families choose
     *((100, FILL), (200, FILL)),
 )
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
-WORTH = 1e-3  # accuracy that mixtures have to add, since they take several times as long
 GATED = 12  # families per size that gates are run on
 
 
@@ -54,6 +53,7 @@ def finish(
     merger.eval()
     refined = try_refining(merger, data.validation, goal)
     steps, fill = chosen(refined)
+    accuracy = float(refined[steps, fill].mean())
     merger.config = replace(merger.config, refine=steps, mixtures=fill)
     gates = {group.name: gates_of(merger, group) for group in data.validation}
     card = {
@@ -64,8 +64,8 @@ def finish(
         ],
         "validation": best.scores,
         "refining": [
-            {"steps": some, "mixtures": filled, "accuracy": value}
-            for (some, filled), value in refined.items()
+            {"steps": some, "mixtures": filled, "accuracy": float(each.mean())}
+            for (some, filled), each in refined.items()
         ],
         "step": best.step,
         "stopped_at_target": best.stopped,
@@ -78,7 +78,7 @@ def finish(
     }
     folder = save_merger(merger.cpu(), record["out"], card)
     tracked.text(json.dumps(card, indent=1), "card.json")
-    tracked.metrics({"refined_accuracy": refined[steps, fill], "best_step": best.step})
+    tracked.metrics({"refined_accuracy": accuracy, "best_step": best.step})
     tracked.metrics({f"gates/{k}/{g.name}": g.value for k, own in gates.items() for g in own})
     failed = [
         f"{k} {g.name} = {g.value:.3g} > {g.limit:.3g}"
@@ -90,7 +90,7 @@ def finish(
     share = best.scores["share_above_threshold"]
     console.print(
         f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
-        f"{refined[steps, fill]:.3f} after {steps} steps of refining{' on mixtures' * bool(fill)}, "
+        f"{accuracy:.3f} after {steps} steps of refining{' on mixtures' * bool(fill)}, "
         f"{share:.0%} of families above threshold, {best.seconds:.0f} s"
     )
     if failed:
@@ -100,7 +100,7 @@ def finish(
 
 def try_refining(
     merger: Merger, groups: Sequence[Families], goal: Goal
-) -> dict[tuple[int, int], float]:
+) -> dict[tuple[int, int], Tensor]:
     """Refine merged validation families in every way of ``REFINING``.
 
     Args:
@@ -109,7 +109,7 @@ def try_refining(
         goal: What they are judged by.
 
     Returns:
-        Steps, and inputs that mixtures fill up to -> mean accuracy.
+        Steps, and inputs that mixtures fill up to -> accuracy of every family, ``[f]``, in float64.
     """
     found: dict[tuple[int, int], list[Tensor]] = {choice: [] for choice in REFINING}
     trained = merger.config
@@ -122,11 +122,15 @@ def try_refining(
                 fused = fuse(merger, members, group.layout, steps=steps)
                 scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
     merger.config = trained
-    return {choice: float(torch.cat(scores).mean()) for choice, scores in found.items()}
+    return {choice: torch.cat(scores).double().cpu() for choice, scores in found.items()}
 
 
-def chosen(refined: Mapping[tuple[int, int], float]) -> tuple[int, int]:
-    """Choose how to refine: on mixtures if they are worth it, and in as few steps as are good.
+def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
+    """Choose how to refine: in few steps, and on mixtures where these are surely better.
+
+    They take several times as long, so their gain has to exceed its standard error over families
+    (the one-SE rule of Breiman, Friedman, Olshen, Stone, "Classification and Regression Trees",
+    1984).
 
     Args:
         refined: What ``try_refining`` found.
@@ -134,12 +138,16 @@ def chosen(refined: Mapping[tuple[int, int], float]) -> tuple[int, int]:
     Returns:
         Steps, and inputs that mixtures fill up to.
     """
-    best = {
-        fill: max(value for (_, f), value in refined.items() if f == fill) for fill in (0, FILL)
-    }
-    fill = FILL if best[FILL] >= best[0] + WORTH else 0
-    steps = min(s for (s, f), v in refined.items() if f == fill and v >= best[fill] - ENOUGH)
-    return steps, fill
+    plain, mixed = (_fewest(refined, fill) for fill in (0, FILL))
+    gain = refined[mixed] - refined[plain]  # [f], paired
+    if len(gain) > 1 and gain.mean() > gain.std() / len(gain) ** 0.5:
+        return mixed
+    return plain
+
+
+def _fewest(refined: Mapping[tuple[int, int], Tensor], fill: int) -> tuple[int, int]:
+    means = {choice: float(t.mean()) for choice, t in refined.items() if choice[1] == fill}
+    return min(choice for choice, mean in means.items() if mean >= max(means.values()) - ENOUGH)
 
 
 def gates_of(merger: Merger, group: Families) -> list[Gate]:
