@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +55,25 @@ def launch(start):
         return SimpleNamespace(code=process.returncode, out=out, err=err)
 
     return launch
+
+
+@pytest.fixture(scope="module")
+def killed_when(start):
+    """``start``, killed with all its processes as soon as something holds."""
+
+    def killed_when(holds, folder, *arguments):
+        process = start(folder, *arguments)
+        try:
+            until = time.monotonic() + 200
+            while not holds():
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < until
+                time.sleep(0.005)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    return killed_when
 
 
 @pytest.fixture(scope="module")

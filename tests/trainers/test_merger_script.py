@@ -1,10 +1,7 @@
 """The merger's training as users start it: real processes, kills, resumes, two ranks."""
 
 import json
-import os
-import signal
 import sys
-import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -106,19 +103,14 @@ def trained(place, train):
 
 
 @pytest.fixture(scope="module")
-def killed(place, zoo, start):
+def killed(place, zoo, killed_when):
     """What a training leaves that is killed half-way; its newest state is damaged as well."""
-    process = start(place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
     latest = place / "killed.state" / "LATEST"
-    try:
-        until = time.monotonic() + 120
-        while not latest.exists() or int(latest.read_text()[-8:]) < 3 * SAVE_EVERY:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < until
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+
+    def holds():
+        return latest.exists() and int(latest.read_text()[-8:]) >= 3 * SAVE_EVERY
+
+    killed_when(holds, place, "--zoo", str(zoo.folder), "--out", "killed", *SMALL)
     assert not (place / "killed").exists()
     reached = int(latest.read_text()[-8:])
     assert 3 * SAVE_EVERY <= reached < STEPS

@@ -1,8 +1,6 @@
 """Training in rounds as users start it: kills, resumes, two ranks, and every way to merge."""
 
 import json
-import os
-import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -69,19 +67,14 @@ DEEP = ("--outer", "nesterov", "--outer-lr", "0.8", "--momentum", "0.5", "--mome
 
 
 @pytest.fixture(scope="module")
-def killed(place, start):
+def killed(place, killed_when):
     """What a training leaves that is killed after some rounds."""
-    process = start(place, "--out", "killed", *SMALL, *DEEP)
     latest = place / "killed.state" / COURSE / "LATEST"
-    try:
-        until = time.monotonic() + 200
-        while not latest.exists() or int(latest.read_text()[-8:]) < 3:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < until
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+
+    def holds():
+        return latest.exists() and int(latest.read_text()[-8:]) >= 3
+
+    killed_when(holds, place, "--out", "killed", *SMALL, *DEEP)
     assert not (place / "killed" / COURSE).exists()
     return SimpleNamespace(reached=int(latest.read_text()[-8:]))
 

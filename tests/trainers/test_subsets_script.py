@@ -1,10 +1,7 @@
 """Training of subsets as users start it: tables, a kill, two processes that go on, refusals."""
 
 import json
-import os
 import shutil
-import signal
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -90,19 +87,14 @@ def test_trainings_go_on_from_where_the_whole_one_ended(whole):
 
 
 @pytest.fixture(scope="module")
-def killed(place, start):
+def killed(place, killed_when):
     """What a run leaves that is killed after some rows; the next one is half written."""
-    process = start(place, "--out", "killed", *SMALL, "--no-tracking")
     ledger = place / "killed.state" / "rows.jsonl"
-    try:
-        until = time.monotonic() + 120
-        while not ledger.exists() or ledger.read_text().count("\n") < 5:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < until
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+
+    def holds():
+        return ledger.exists() and ledger.read_text().count("\n") >= 5
+
+    killed_when(holds, place, "--out", "killed", *SMALL, "--no-tracking")
     assert not (place / "killed").exists()
     rows = [row for row in ledger.read_text().splitlines() if row.endswith("}")]
     assert len(rows) <= PIECES  # it was not finished
