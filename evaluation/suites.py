@@ -153,22 +153,38 @@ MNIST_MIXED = (
         epochs=5,
     ),
 )
+CIFAR = {
+    "task": "cifar-10",
+    "objective": 6666,
+    "relabel": True,
+    "members": (2, 4, 8),
+    "split": "disjoint",
+    "test_families": 12,
+}
 RESNETS = tuple(  # for a GPU
     ZooOptions(
-        task="cifar-10",
-        objective=6666,
-        relabel=True,
+        **CIFAR,
         architecture="resnet20",
         norm=norm,
-        members=(2, 4, 8),
-        split="disjoint",
         segment_size=5000,
         epochs=30,
         lr=3e-3,
         augment=("flip",),
         train_families=16,
         validation_families=4,
-        test_families=12,
+    )
+    for norm in ("batch", "layer")
+)
+SLIM_RESNETS = tuple(  # for a CPU
+    ZooOptions(
+        **CIFAR,
+        architecture="resnet8",
+        norm=norm,
+        segment_size=3000,
+        epochs=5,
+        lr=1e-2,
+        train_families=6,
+        validation_families=3,
     )
     for norm in ("batch", "layer")
 )
@@ -321,10 +337,10 @@ MERGERS = (
     ),
     *(
         Row(
-            name=f"cifar-{zoo.norm}",
-            target="ResNet-20 on a GPU: above matching + repair at every K, within 2 points of the "
-            "best member at K=2",
-            mergers=(Training((zoo,), {**CNN_MERGER, "probes": 256, "steps": 300}),),
+            name=f"cifar-{zoo.norm}{suffix}",
+            target=f"{network}: above matching + repair at every K, within 2 points of the best "
+            "member at K=2",
+            mergers=(Training((zoo,), options),),
             compare={"full": False},
             goals=(
                 *(
@@ -334,7 +350,11 @@ MERGERS = (
                 Goal("best member", -0.02, members=2, over_data="labelled"),
             ),
         )
-        for zoo in RESNETS
+        for zoos, suffix, network, options in (
+            (RESNETS, "", "ResNet-20 on a GPU", {**CNN_MERGER, "probes": 256, "steps": 300}),
+            (SLIM_RESNETS, "-slim", "ResNet-8 on a CPU", {**CNN_MERGER, "steps": 150}),
+        )
+        for zoo in zoos
     ),
     Row(
         name="third-party",

@@ -49,7 +49,7 @@ class RoundsOptions:
     data: str | None = None  # folder with the task's files, where it needs some
     out: str = "runs/rounds"  # folder of networks, table and picture; the state lies beside it
     objective: int = 400  # labelled images kept back for merging, a quarter of them for validation
-    architecture: str = "mlp"  # mlp, cnn, convnet, resnet20, or a factory: package.module:factory
+    architecture: str = "mlp"  # mlp, cnn, convnet, resnet8, resnet20, or package.module:factory
     widths: tuple[int, ...] | None = None  # units or channels per hidden layer
     split: str = "disjoint"  # how segments are cut: see docs/zoo.md
     alpha: float = 0.3  # skew of dirichlet and quantity, the smaller the stronger

@@ -43,7 +43,7 @@ class AdoptOptions:
     epochs: int | None = None  # schuerholt: which checkpoint; the last if not given
     activation: str | None = None  # unterthiner: relu or tanh, where there are both
     drop_nonfinite: bool = False  # leave out networks with NaN or infinite weights
-    architecture: str | None = None  # mlp, cnn, convnet, resnet20 or module:factory, if unknown
+    architecture: str | None = None  # a name of zoo.build, or module:factory, if unknown
     shape: tuple[int, ...] = ()  # of one input, for the architecture: channels, height and width
     outputs: int | None = None  # of the architecture
     widths: tuple[int, ...] | None = None  # of the architecture

@@ -60,9 +60,9 @@ class ZooOptions:
     drop: tuple[str, ...] = ()  # columns of your own file to leave out
     out: str | None = None  # folder of the zoo; zoos/<task>, with a digest where options differ
     objective: int = 400  # labelled images kept back for mergers, a quarter of them for validation
-    architecture: str = "mlp"  # mlp, cnn, convnet, resnet20, or a factory: package.module:factory
+    architecture: str = "mlp"  # mlp, cnn, convnet, resnet8, resnet20, or package.module:factory
     widths: tuple[int, ...] | None = None  # units or channels per hidden layer
-    norm: str | None = None  # layer or batch, for resnet20
+    norm: str | None = None  # layer or batch, for ResNets
     split: str = "dirichlet"  # how segments are cut: see docs/zoo.md
     alpha: tuple[float, ...] = (0.4,)  # skew of dirichlet and quantity, the smaller the stronger
     segment_size: int = 300  # images per segment; 0 deals every image to exactly one member

@@ -28,7 +28,7 @@ class BenchmarkOptions:
 
     architecture: str = "convnet"  # of the members
     widths: tuple[int, ...] = (16, 32, 32)  # their units or channels per hidden layer
-    norm: str | None = None  # layer or batch, for resnet20
+    norm: str | None = None  # layer or batch, for ResNets
     members: int = 8  # members that are fused
     batch: int = 32  # inputs per pass and step
     repeats: int = 5  # measurements of each, after one that does not count; the fastest counts

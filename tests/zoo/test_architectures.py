@@ -59,7 +59,7 @@ def test_networks_are_built_by_name_with_widths_of_any_sequence(name):
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_known():
-    told = r"'transformer' is unknown; there are \['cnn', 'convnet', 'mlp', 'resnet20'\]"
+    told = r"'transformer' is unknown; there are \['cnn', 'convnet', 'mlp', 'resnet20', 'resnet8'\]"
     with pytest.raises(ConfigError, match=told):
         build("transformer", (1, 8, 8), 10, widths=(4,))
 

@@ -8,7 +8,15 @@ from torch import nn
 
 from metamerge.errors import ConfigError
 from metamerge.structure import run
-from zoo.architectures import NORMS, build, factory_of, frozen, program_of, resnet20
+from zoo.architectures import (
+    NORMS,
+    build,
+    factory_of,
+    frozen,
+    program_of,
+    resnet8,
+    resnet20,
+)
 from zoo.recipe import ZooOptions, factory_for
 from zoo.tasks import load_task
 from zoo.trainable import check_trainable
@@ -177,6 +185,19 @@ def test_every_stage_but_the_first_halves_the_map(norm):
     assert seen == [(2, 16, 12), (3, 8, 6), (4, 4, 3), (4, 1, 1), (4,), (5,)]
 
 
+def test_resnet8_has_8_layers_and_starts_at_half_the_size():
+    model = resnet8((3, 32, 32), 10, norm="batch").eval()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    sizes = [getattr(layer, "kernel_size", None) for layer in layers]
+    assert sizes.count((3, 3)) + sizes.count(None) == 8
+    assert sizes.count((1, 1)) == 2
+    x, seen = torch.rand(2, 3, 32, 32), []
+    for layer in model:
+        x = layer(x)
+        seen.append(tuple(x.shape[1:]))
+    assert [seen[0], *seen[2:5]] == [(8, 16, 16), (8, 16, 16), (16, 8, 8), (32, 4, 4)]
+
+
 def test_norms_are_those_that_were_asked_for():
     for norm, kind, other in (
         ("layer", nn.GroupNorm, nn.BatchNorm2d),
@@ -214,9 +235,10 @@ def test_the_program_of_a_residual_network_gives_what_the_network_gives(norm):
     torch.testing.assert_close(found, model.eval()(inputs), rtol=0, atol=1e-12)
 
 
-def test_an_unknown_norm_is_refused_with_those_that_there_are():
-    with pytest.raises(ConfigError, match=r"no norm 'group'; there are \['batch', 'layer'\]"):
-        build("resnet20", (1, 8, 8), 3, norm="group")
+@pytest.mark.parametrize("name", ["resnet8", "resnet20"])
+def test_an_unknown_norm_is_refused_with_those_that_there_are(name):
+    with pytest.raises(ConfigError, match=rf"{name}: no norm 'group'; .* \['batch', 'layer'\]"):
+        build(name, (1, 8, 8), 3, norm="group")
 
 
 # --------------------------------------------------------------------------- one's own factories
@@ -282,7 +304,7 @@ def test_networks_without_a_norm_of_ours_refuse_one_as_well(name):
     [
         (
             "resnet",
-            r"'resnet' is unknown; .*'convnet', 'mlp', 'resnet20'\], and any factory",
+            r"'resnet' is unknown; .*'convnet', 'mlp', 'resnet20', 'resnet8'\], and any factory",
         ),
         ("my_nets.shapes", "is unknown; .* as package.module:factory"),
         ("my_nets.shapes:", "is unknown; .* as package.module:factory"),
