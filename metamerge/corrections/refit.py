@@ -191,8 +191,8 @@ class _Variance(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(values)
         ctx.dim = dim
-        centred = values - values.mean(dim, keepdim=True)
-        return centred.mul_(centred).mean(dim)
+        mean = values.mean(dim, keepdim=True).expand_as(values)
+        return F.mse_loss(values, mean, reduction="none").mean(dim)  # in one pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -315,30 +315,29 @@ def fan_in_rows(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
     return patches.unflatten(0, lane.value.shape[:2]).mT.flatten(1, 2)
 
 
-def sampled(count: int, device: torch.device, most: int) -> Tensor:
-    """Which of so many rows take part: all, or ``most`` that a fixed seed picks.
+def sampled(rows: Tensor, most: int) -> Tensor:
+    """The rows that take part: all, without a copy, or ``most`` that a fixed seed picks.
 
     Args:
-        count: Number of rows.
-        device: Where the index is to be.
+        rows: ``[n, r, ...]``.
         most: Number of rows that are enough.
 
     Returns:
-        Index of rows, sorted.
+        ``[n, min(r, most), ...]``, in their order.
     """
+    count = rows.shape[1]
     if count <= most:
-        return torch.arange(count, device=device)
+        return rows
     generator = torch.Generator().manual_seed(count)
-    return torch.randperm(count, generator=generator)[:most].sort().values.to(device)
+    index = torch.randperm(count, generator=generator)[:most].sort().values
+    return rows.index_select(1, index.to(rows.device))
 
 
 def _rows(value: Tensor, layer: Layer) -> Tensor:
     """The rows of ``unit_rows`` that take part, ``[n, r, o]``."""
-    rows = unit_rows(value, layer)
-    return rows[:, sampled(rows.shape[1], rows.device, MAX_ROWS)]
+    return sampled(unit_rows(value, layer), MAX_ROWS)
 
 
 def _inputs(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
     """Inputs of a regressable layer by fan-in, at the same rows as ``_rows``: ``[f, r, i]``."""
-    rows = fan_in_rows(node, layer, lane, weight)
-    return rows[:, sampled(rows.shape[1], rows.device, MAX_ROWS)]
+    return sampled(fan_in_rows(node, layer, lane, weight), MAX_ROWS)

@@ -56,8 +56,8 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
         ``[f, m, c, CLASS_FEATURES]``.
     """
     centred = logits - logits.mean(-1, keepdim=True)
-    scale = centred.std((2, 3), correction=0)[..., None].clamp_min(1e-6)  # [f, m, 1]
-    probability = logits.softmax(-1)
+    scale = centred.square().mean((2, 3))[..., None].clamp_min(1e-12).sqrt()  # [f, m, 1]
+    probability = log_probability(logits).exp()
     norm = rows.norm(dim=-1)
     typical = norm.mean((1, 2), keepdim=True).clamp_min(1e-6)
     bias = torch.zeros_like(norm) if bias is None else bias - bias.mean(-1, keepdim=True)
@@ -66,12 +66,25 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
         rows.sum(-1) / typical / rows.shape[-1] ** 0.5,
         bias / typical,
         centred.mean(2) / scale,
-        centred.std(2, correction=0) / scale,
+        (variance(centred, 2) + 1e-16).sqrt() / scale,
         centred.amax(2) / scale / 3,
         (probability.mean(2) + 1e-4).log() / 4,
         (probability.amax(2) + 1e-4).log() / 4,
     ]
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
+
+
+def log_probability(logits: Tensor) -> Tensor:
+    """``torch.log_softmax``, which takes several times as long for a few classes.
+
+    Args:
+        logits: ``[..., c]``.
+
+    Returns:
+        The same shape.
+    """
+    below = logits - logits.detach().amax(-1, keepdim=True)
+    return below - below.exp().sum(-1, keepdim=True).log()
 
 
 def _features(
@@ -93,11 +106,11 @@ def _features(
     features = [zero] * 10
     if incoming:
         rows = _together(incoming, -1)  # [f, m, n, r]
-        norm = _norm(rows, -1)
+        norm, cosine = _norm_and_cosine(rows)
         ranks = norm.detach().argsort(-1).argsort(-1) / norm.shape[-1]
         features[:3] = [
             _relative(norm),
-            _cosine_to_mean(rows, norm, -1),
+            cosine,
             ranks - ranks.mean(1, keepdim=True),
         ]
         features[3] = _biases(members, layout, space, zero) / norm.mean(
@@ -115,8 +128,10 @@ def _features(
         ]
     if outgoing:
         columns = _together(outgoing, 2)  # [f, m, r, n], as they lie in memory
-        norm = _norm(columns, -2)
-        features[8:] = [_relative(norm), _cosine_to_mean(columns, norm, -2)]
+        norm = _norm(columns)
+        mean = columns.mean(1, keepdim=True)
+        cosine = (columns * mean).sum(2) / (norm * _norm(mean)).clamp_min(1e-6)
+        features[8:] = [_relative(norm), cosine]
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
@@ -146,15 +161,20 @@ def _relative(norm: Tensor) -> Tensor:
     return norm / norm.mean((1, 2), keepdim=True).clamp_min(1e-6) - 1
 
 
-def _norm(values: Tensor, dim: int) -> Tensor:
-    """Norms along an axis; ``torch.norm`` is the faster way only for the last."""
-    return values.norm(dim=dim) if dim == -1 else values.square().sum(dim).clamp_min(1e-24).sqrt()
+def _norm(columns: Tensor) -> Tensor:
+    """Norms of the columns of matrices; ``torch.norm`` is the faster way only for rows."""
+    return columns.square().sum(-2).clamp_min(1e-24).sqrt()
 
 
-def _cosine_to_mean(values: Tensor, norm: Tensor, dim: int) -> Tensor:
-    """Cosines between vectors of known norm along an axis and their mean over members."""
-    mean = values.mean(1, keepdim=True)
-    return (values * mean).sum(dim) / (norm * _norm(mean, dim)).clamp_min(1e-6)
+def _norm_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms of rows ``[f, m, n, r]``, and their cosines to their mean over members.
+
+    Both follow from the products of all members' rows, family by family since these are views.
+    """
+    gram = torch.stack([own.transpose(0, 1) @ own.permute(1, 2, 0) for own in rows])  # [f, n, m, m]
+    norm = gram.diagonal(dim1=-2, dim2=-1).mT.clamp_min(1e-24).sqrt()
+    mean = gram.mean((-2, -1)).clamp_min(1e-24).sqrt()[:, None]
+    return norm, gram.mean(-1).mT / (norm * mean).clamp_min(1e-6)
 
 
 def _biases(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:
