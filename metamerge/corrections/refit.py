@@ -148,27 +148,30 @@ def mean_target(layer: Layer, observed: Tensor) -> Target:
     return Target(mixed_target(observed, weights), 1.0)
 
 
-def mixed_target(observed: Tensor, mixing: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+def mixed_target(
+    observed: Tensor, mixing: Tensor, gain: Tensor | float = 1.0, known: Tensor | None = None
+) -> Tensor:
     """Mix the members' pre-activations per unit and restore the spread that mixing lost.
 
     Args:
         observed: ``[f, m, r, o]``.
         mixing: Coefficients that sum to 1 over members, ``[f, m, o]`` or ``[f, m, 1]``.
         gain: Factor on the restored spread, ``[f, o]`` or a number.
+        known: Variance of what is observed over rows, ``[f, m, o]``, where that is known.
 
     Returns:
         ``[f, r, o]``.
     """
     mixed = (observed * mixing[:, :, None]).sum(1)  # [f, r, o]
-    mean = mixed.mean(1, keepdim=True)
-    spread = _std(observed, 2)  # [f, m, o]
+    mean, narrowed = moments(mixed, 1)  # [f, o]
+    spread = _root(variance(observed, 2) if known is None else known)  # [f, m, o]
     wanted = (spread * mixing).sum(1) * gain  # [f, o]
-    return mean + (mixed - mean) * (wanted / _std(mixed, 1))[:, None]
+    return mean[:, None] + (mixed - mean[:, None]) * (wanted / _root(narrowed))[:, None]
 
 
-def _std(values: Tensor, dim: int) -> Tensor:
+def _root(squares: Tensor) -> Tensor:
     """Standard deviation that can be differentiated where a unit is constant."""
-    return (variance(values, dim) + 1e-8).sqrt()
+    return (squares + 1e-8).sqrt()
 
 
 def variance(values: Tensor, dim: int) -> Tensor:
@@ -181,32 +184,47 @@ def variance(values: Tensor, dim: int) -> Tensor:
     Returns:
         The same without that axis.
     """
-    return _Variance.apply(values, dim)
+    return moments(values, dim)[1]
 
 
-class _Variance(torch.autograd.Function):
-    """The derivative of ``torch.var``, and a way to its value by whole rows."""
+def moments(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance along any axis, see ``variance``; what needs both passes back once.
+
+    Args:
+        values: Any tensor.
+        dim: The axis.
+
+    Returns:
+        Both without that axis.
+    """
+    return _Moments.apply(values, dim)
+
+
+class _Moments(torch.autograd.Function):
+    """The derivatives of ``torch.var_mean``, and a way to its values by whole rows."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        mean = values.mean(dim)
         ctx.save_for_backward(values)
         ctx.dim = dim
-        mean = values.mean(dim, keepdim=True).expand_as(values)
-        return F.mse_loss(values, mean, reduction="none").mean(dim)  # in one pass
+        centre = mean.unsqueeze(dim).expand_as(values)
+        return mean, F.mse_loss(values, centre, reduction="none").mean(dim)  # squares in one pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         (values,) = ctx.saved_tensors
-        centred = values - values.mean(ctx.dim, keepdim=True)
-        return centred * (grad * (2 / values.shape[ctx.dim])).unsqueeze(ctx.dim), None
+        count = values.shape[ctx.dim]
+        slope = to_variance * (2 / count)
+        shift = to_mean / count - slope * values.mean(ctx.dim)
+        return torch.addcmul(shift.unsqueeze(ctx.dim), values, slope.unsqueeze(ctx.dim)), None
 
 
 def _rescale(layer: Layer, weights: Weights, current: Tensor, target: Target) -> Weights:
     """Give each unit the target's mean and spread, not its direction; exact for shared inputs."""
-    factor = _std(target.value, 1) / _std(current, 1)  # [f, o]
-    factor = 1 + target.strength * (factor - 1)
-    mean = current.mean(1)
-    wanted = mean + target.strength * (target.value.mean(1) - mean)
+    (aim, wide), (mean, narrow) = moments(target.value, 1), moments(current, 1)  # [f, o]
+    factor = 1 + target.strength * (_root(wide) / _root(narrow) - 1)
+    wanted = mean + target.strength * (aim - mean)
     bias = weights[layer.bias] if layer.bias else None
     weight, bias = fold(weights[layer.weight], bias, factor, mean, wanted)
     return {layer.weight: weight, **({layer.bias: bias} if layer.bias else {})}

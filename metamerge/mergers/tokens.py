@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metamerge.corrections.refit import variance
+from metamerge.corrections.refit import moments, variance
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.weights import Weights
 
@@ -19,8 +19,14 @@ CLASS_FEATURES = 8
 BOUND = 20.0  # of every feature; only degenerate members, such as dead layers, ever come near it
 
 
+Moments = tuple[Tensor, Tensor]
+
+
 def unit_tokens(
-    members: Weights, layout: Layout, observed: Mapping[str, Tensor]
+    members: Weights,
+    layout: Layout,
+    observed: Mapping[str, Tensor],
+    known: Mapping[str, Moments] | None = None,
 ) -> dict[str, Tensor]:
     """Tokens of all units of all spaces.
 
@@ -28,6 +34,7 @@ def unit_tokens(
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of the architecture.
         observed: Pre-activations on probes per layer, ``[f, m, r, o]``.
+        known: Their means and variances over probes, ``[f, m, o]``, where these are known.
 
     Returns:
         Space -> ``[f, m, n, UNIT_FEATURES]``.
@@ -35,7 +42,7 @@ def unit_tokens(
     matrices = {x.node: layout.matrix(x, members[x.weight]) for x in layout.layers}
     return {
         space: _with_kind(
-            _features(members, layout, observed, matrices, space),
+            _features(members, layout, observed, known or {}, matrices, space),
             layout,
             space,
             place / max(1, len(layout.spaces) - 1),
@@ -91,6 +98,7 @@ def _features(
     members: Weights,
     layout: Layout,
     observed: Mapping[str, Tensor],
+    known: Mapping[str, Moments],
     matrices: Mapping[str, Tensor],
     space: str,
 ) -> Tensor:
@@ -118,12 +126,16 @@ def _features(
         ).clamp_min(1e-6)
         # producers of one space may see maps of different sizes: their rows stand one after another
         values = _together([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
-        spread = (variance(values, 2) + 1e-16).sqrt()
+        first = makers[0].node
+        same = first in known and values is observed[first]
+        mean, square = known[first] if same else moments(values, 2)
+        spread = (square + 1e-16).sqrt()
         typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
+        active = (values * (1 / typical[:, :, None])).sigmoid()
         features[4:8] = [
-            values.mean(2) / typical,
+            mean / typical,
             spread / typical,
-            (values * (1 / typical[:, :, None])).sigmoid().mean(2),
+            active.sum(2) / active.shape[2],  # unlike a mean, passes back without a copy
             _others(members, layout, space, zero),
         ]
     if outgoing:
