@@ -69,22 +69,22 @@ def main() -> None:
     curves, console = {}, Console()
     for processes in options.processes if device == "cpu" else (1,):
         threads = max(1, (os.cpu_count() or 1) // processes)
-        way = device if device == "cuda" else f"processes of {threads} threads: {processes}"
+        way = f"{device}, processes: {processes}, threads of each: {threads}"
         curves[way] = measured(options, device, processes, threads)
         for count, rate in curves[way].items():
-            console.print(f"{way}, families per step: {count}, sets per second: {rate:.1f}")
+            console.print(f"{way}; {count} families per step: {rate:.1f} sets per second")
     most = max(options.families)
-    best = max(curves, key=lambda way: curves[way].get(most, 0.0))
-    others = [f"{curve[most]:.1f} with {way}" for way, curve in curves.items() if way != best]
+    final = {way: round(curve[most], 1) for way, curve in curves.items() if most in curve}
+    best = max(final, key=final.get)
     print(
         json.dumps(
             {
                 "name": "merger_training",
-                "value": round(curves[best][most], 1),
+                "value": final[best],
                 "unit": "sets/s",
-                "against": ", ".join(others),
+                "against": "; ".join(f"{final[way]} with {way}" for way in final if way != best),
                 "details": {
-                    "arrangement": best,
+                    "with": best,
                     "families_per_step": most,
                     "sets_per_second": {
                         way: {k: round(v, 2) for k, v in curve.items()}

@@ -179,10 +179,8 @@ def _norm(columns: Tensor) -> Tensor:
 
 
 def _norm_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms of rows ``[f, m, n, r]``, and their cosines to their mean over members.
-
-    Both follow from the products of all members' rows, family by family since these are views.
-    """
+    """Norms of rows ``[f, m, n, r]``, and their cosines to their mean over members."""
+    # products of the members' rows tell both; those of one family are views, so nothing is copied
     gram = torch.stack([own.transpose(0, 1) @ own.permute(1, 2, 0) for own in rows])  # [f, n, m, m]
     norm = gram.diagonal(dim1=-2, dim2=-1).mT.clamp_min(1e-24).sqrt()
     mean = gram.mean((-2, -1)).clamp_min(1e-24).sqrt()[:, None]
