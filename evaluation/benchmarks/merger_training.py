@@ -72,7 +72,7 @@ def main() -> None:
         way = f"{device}, processes: {processes}, threads of each: {threads}"
         curves[way] = measured(options, device, processes, threads)
         for count, rate in curves[way].items():
-            console.print(f"{way}; {count} families per step: {rate:.1f} sets per second")
+            console.print(f"{count} families per step: {rate:.1f} sets/s ({way})")
     most = max(options.families)
     final = {way: round(curve[most], 1) for way, curve in curves.items() if most in curve}
     best = max(final, key=final.get)

@@ -188,7 +188,7 @@ def variance(values: Tensor, dim: int) -> Tensor:
 
 
 def moments(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance along any axis, see ``variance``; what needs both passes back once.
+    """Mean and variance along any axis but the last, see ``variance``, with one way back for both.
 
     Args:
         values: Any tensor.
@@ -215,9 +215,9 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         (values,) = ctx.saved_tensors
         count = values.shape[ctx.dim]
-        slope = to_variance * (2 / count)
-        shift = to_mean / count - slope * values.mean(ctx.dim)
-        return torch.addcmul(shift.unsqueeze(ctx.dim), values, slope.unsqueeze(ctx.dim)), None
+        centred = values - values.mean(ctx.dim, keepdim=True)
+        shift, slope = (to_mean / count).unsqueeze(ctx.dim), to_variance * (2 / count)
+        return torch.addcmul(shift, centred, slope.unsqueeze(ctx.dim)), None
 
 
 def _rescale(layer: Layer, weights: Weights, current: Tensor, target: Target) -> Weights:

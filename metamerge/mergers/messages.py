@@ -127,8 +127,7 @@ class MessageRound(nn.Module):
         return updated
 
     def _dense(self, states: dict[str, Tensor], edges: Sequence[Edge]) -> Received:
-        along: dict[str, Tensor] = {}
-        back: dict[str, Tensor] = {}
+        along, back = {}, {}
         for sources, targets, matrix, size in edges:
             rows, columns = matrix.shape[-2:]
             given, asked = _joined(states, sources), _joined(states, targets)

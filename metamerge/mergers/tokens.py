@@ -18,8 +18,8 @@ UNIT_FEATURES = 14
 CLASS_FEATURES = 8
 BOUND = 20.0  # of every feature; only degenerate members, such as dead layers, ever come near it
 
-
 Moments = tuple[Tensor, Tensor]
+"""Mean and variance of pre-activations over probes, ``[f, m, o]`` each."""
 
 
 def unit_tokens(
