@@ -148,27 +148,30 @@ def mean_target(layer: Layer, observed: Tensor) -> Target:
     return Target(mixed_target(observed, weights), 1.0)
 
 
-def mixed_target(observed: Tensor, mixing: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+def mixed_target(
+    observed: Tensor, mixing: Tensor, gain: Tensor | float = 1.0, known: Tensor | None = None
+) -> Tensor:
     """Mix the members' pre-activations per unit and restore the spread that mixing lost.
 
     Args:
         observed: ``[f, m, r, o]``.
         mixing: Coefficients that sum to 1 over members, ``[f, m, o]`` or ``[f, m, 1]``.
         gain: Factor on the restored spread, ``[f, o]`` or a number.
+        known: Variance of what is observed over rows, ``[f, m, o]``, where that is known.
 
     Returns:
         ``[f, r, o]``.
     """
     mixed = (observed * mixing[:, :, None]).sum(1)  # [f, r, o]
-    mean = mixed.mean(1, keepdim=True)
-    spread = _std(observed, 2)  # [f, m, o]
+    mean, narrowed = moments(mixed, 1)  # [f, o]
+    spread = _root(variance(observed, 2) if known is None else known)  # [f, m, o]
     wanted = (spread * mixing).sum(1) * gain  # [f, o]
-    return mean + (mixed - mean) * (wanted / _std(mixed, 1))[:, None]
+    return mean[:, None] + (mixed - mean[:, None]) * (wanted / _root(narrowed))[:, None]
 
 
-def _std(values: Tensor, dim: int) -> Tensor:
+def _root(squares: Tensor) -> Tensor:
     """Standard deviation that can be differentiated where a unit is constant."""
-    return (variance(values, dim) + 1e-8).sqrt()
+    return (squares + 1e-8).sqrt()
 
 
 def variance(values: Tensor, dim: int) -> Tensor:
@@ -181,32 +184,47 @@ def variance(values: Tensor, dim: int) -> Tensor:
     Returns:
         The same without that axis.
     """
-    return _Variance.apply(values, dim)
+    return moments(values, dim)[1]
 
 
-class _Variance(torch.autograd.Function):
-    """The derivative of ``torch.var``, and a way to its value by whole rows."""
+def moments(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance along any axis but the last, see ``variance``, with one way back for both.
+
+    Args:
+        values: Any tensor.
+        dim: The axis.
+
+    Returns:
+        Both without that axis.
+    """
+    return _Moments.apply(values, dim)
+
+
+class _Moments(torch.autograd.Function):
+    """The derivatives of ``torch.var_mean``, and a way to its values by whole rows."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        mean = values.mean(dim)
         ctx.save_for_backward(values)
         ctx.dim = dim
-        centred = values - values.mean(dim, keepdim=True)
-        return centred.mul_(centred).mean(dim)
+        centre = mean.unsqueeze(dim).expand_as(values)
+        return mean, F.mse_loss(values, centre, reduction="none").mean(dim)  # squares in one pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         (values,) = ctx.saved_tensors
+        count = values.shape[ctx.dim]
         centred = values - values.mean(ctx.dim, keepdim=True)
-        return centred * (grad * (2 / values.shape[ctx.dim])).unsqueeze(ctx.dim), None
+        shift, slope = (to_mean / count).unsqueeze(ctx.dim), to_variance * (2 / count)
+        return torch.addcmul(shift, centred, slope.unsqueeze(ctx.dim)), None
 
 
 def _rescale(layer: Layer, weights: Weights, current: Tensor, target: Target) -> Weights:
     """Give each unit the target's mean and spread, not its direction; exact for shared inputs."""
-    factor = _std(target.value, 1) / _std(current, 1)  # [f, o]
-    factor = 1 + target.strength * (factor - 1)
-    mean = current.mean(1)
-    wanted = mean + target.strength * (target.value.mean(1) - mean)
+    (aim, wide), (mean, narrow) = moments(target.value, 1), moments(current, 1)  # [f, o]
+    factor = 1 + target.strength * (_root(wide) / _root(narrow) - 1)
+    wanted = mean + target.strength * (aim - mean)
     bias = weights[layer.bias] if layer.bias else None
     weight, bias = fold(weights[layer.weight], bias, factor, mean, wanted)
     return {layer.weight: weight, **({layer.bias: bias} if layer.bias else {})}
@@ -315,30 +333,29 @@ def fan_in_rows(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
     return patches.unflatten(0, lane.value.shape[:2]).mT.flatten(1, 2)
 
 
-def sampled(count: int, device: torch.device, most: int) -> Tensor:
-    """Which of so many rows take part: all, or ``most`` that a fixed seed picks.
+def sampled(rows: Tensor, most: int) -> Tensor:
+    """The rows that take part: all, without a copy, or ``most`` that a fixed seed picks.
 
     Args:
-        count: Number of rows.
-        device: Where the index is to be.
+        rows: ``[n, r, ...]``.
         most: Number of rows that are enough.
 
     Returns:
-        Index of rows, sorted.
+        ``[n, min(r, most), ...]``, in their order.
     """
+    count = rows.shape[1]
     if count <= most:
-        return torch.arange(count, device=device)
+        return rows
     generator = torch.Generator().manual_seed(count)
-    return torch.randperm(count, generator=generator)[:most].sort().values.to(device)
+    index = torch.randperm(count, generator=generator)[:most].sort().values
+    return rows.index_select(1, index.to(rows.device))
 
 
 def _rows(value: Tensor, layer: Layer) -> Tensor:
     """The rows of ``unit_rows`` that take part, ``[n, r, o]``."""
-    rows = unit_rows(value, layer)
-    return rows[:, sampled(rows.shape[1], rows.device, MAX_ROWS)]
+    return sampled(unit_rows(value, layer), MAX_ROWS)
 
 
 def _inputs(node: Node, layer: Layer, lane: Lane, weight: Tensor) -> Tensor:
     """Inputs of a regressable layer by fan-in, at the same rows as ``_rows``: ``[f, r, i]``."""
-    rows = fan_in_rows(node, layer, lane, weight)
-    return rows[:, sampled(rows.shape[1], rows.device, MAX_ROWS)]
+    return sampled(fan_in_rows(node, layer, lane, weight), MAX_ROWS)

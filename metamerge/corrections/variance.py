@@ -38,8 +38,7 @@ def unit_variances(networks: Weights, layout: Layout, inputs: Tensor) -> dict[st
         for node in layout.program.nodes:
             lane, layer = execution.step(node), layout.by_node.get(node.name)
             if layer is not None:
-                rows = unit_rows(lane.value, layer)  # [n, r, o]
-                rows = rows[:, sampled(rows.shape[1], rows.device, MAX_ROWS)]
+                rows = sampled(unit_rows(lane.value, layer), MAX_ROWS)  # [n, r, o]
                 centred = rows - rows.mean(1, keepdim=True)  # torch.var takes many times as long
                 found[layer.weight] = centred.square().mean(2).sum(1) / (rows.shape[1] - 1)
         parts.append(found)

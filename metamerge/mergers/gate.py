@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from metamerge.mergers.tokens import CLASS_FEATURES, class_tokens
+from metamerge.mergers.tokens import CLASS_FEATURES, class_tokens, log_probability
 
 TOLD = 5  # numbers that the gate reads off per member and class
 
@@ -64,7 +64,7 @@ def shares(trust: Tensor, logits: Tensor) -> Tensor:
         Shares that sum to 1 over members, ``[f, m, b, c]``.
     """
     level, slope, decided = trust[:, :, None, :, :3].unbind(-1)  # [f, m, 1, c]
-    likely = logits.log_softmax(-1)
+    likely = log_probability(logits)
     sure = likely.amax(-1, keepdim=True)
     score = level + slope * likely.clamp_min(-12) + decided * sure.clamp_min(-4)
     return score.softmax(1)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metamerge.mergers.gate import CompetenceGate
@@ -147,7 +146,8 @@ def correlate(maps: Tensor, kernel: Tensor) -> Tensor:
     """Correlate many maps with one kernel, with zeros around them.
 
     The same as a convolution layer of one channel, whose gradients take several times as long:
-    every row of the kernel becomes a banded matrix, and the maps are multiplied by all at once.
+    every row of the kernel becomes a banded matrix, the maps are multiplied by all at once, and a
+    product with zeros and ones adds up the outcomes, each moved by its row of the kernel.
 
     Args:
         maps: ``[n, h, w]``.
@@ -156,12 +156,13 @@ def correlate(maps: Tensor, kernel: Tensor) -> Tensor:
     Returns:
         ``[n, h, w]``.
     """
-    size, width = len(kernel), maps.shape[-1]
-    place = torch.arange(width, device=maps.device)
-    tap = place[:, None] - place + size // 2  # [w from, w to]
-    inside = (tap >= 0) & (tap < size)
-    bands = kernel[:, tap.clamp(0, size - 1)] * inside  # [k, w from, w to]
-    rows = (maps @ bands.permute(1, 0, 2).flatten(1)).unflatten(-1, (size, width))
-    shifts = range(size // 2, -(size // 2) - 1, -1)
-    shifted = zip(rows.unbind(2), shifts, strict=True)
-    return sum(F.pad(r, (0, 0, by, -by)) for r, by in shifted if abs(by) < maps.shape[1])
+    size, tap = len(kernel), torch.arange(len(kernel), device=maps.device)
+    down, across = (
+        place[:, None] - place + size // 2  # [from, to]
+        for place in (torch.arange(n, device=maps.device) for n in maps.shape[1:])
+    )
+    inside = (across >= 0) & (across < size)
+    bands = kernel[:, across.clamp(0, size - 1)] * inside  # [k, w from, w to]
+    rows = maps @ bands.permute(1, 0, 2).flatten(1)  # [n, h, k * w]
+    moved = (down.mT[..., None] == tap).to(maps.dtype).flatten(1)  # [h to, h from * k]
+    return moved.expand(len(maps), -1, -1) @ rows.unflatten(-1, (size, -1)).flatten(1, 2)

@@ -115,29 +115,33 @@ class MessageRound(nn.Module):
         """
         received = self._sparse(states, edges) if sparse else self._dense(states, edges)
         first, *rest = self.update
+        parts = first.weight.chunk(5, 1)  # of what a unit is told: no copy puts it side by side
         updated = {}
         for space, state in states.items():
-            told = torch.cat([state, *received[space]], -1)
-            pooled = torch.cat([state.mean(1, keepdim=True), state.amax(1, keepdim=True)], -1)
-            own, common = first.weight.split((told.shape[-1], pooled.shape[-1]), 1)
-            change = F.linear(told, own, first.bias) + F.linear(pooled, common)
-            for part in rest:
-                change = part(change)
+            pooled = state.mean(1, keepdim=True), state.amax(1, keepdim=True)
+            told = zip((state, *received[space], *pooled), parts, strict=True)
+            change = sum((F.linear(value, part) for value, part in told), first.bias)
+            for layer in rest:
+                change = layer(change)
             updated[space] = state + change
         return updated
 
     def _dense(self, states: dict[str, Tensor], edges: Sequence[Edge]) -> Received:
-        along = {space: torch.zeros_like(state) for space, state in states.items()}
-        back = dict(along)
+        along, back = {}, {}
         for sources, targets, matrix, size in edges:
             rows, columns = matrix.shape[-2:]
             given, asked = _joined(states, sources), _joined(states, targets)
             said = self.along.dense(given / (size * columns**0.5), matrix)
-            _add(along, targets, said)
+            _add(along, targets, said, states)
             shared = all(states[space].shape[1] < matrix.shape[1] for space in sources)
             said = self.back.dense(asked / (size * rows**0.5), matrix.mT, shared=shared)
-            _add(back, sources, said)
-        return {space: (along[space], back[space]) for space in states}
+            _add(back, sources, said, states)
+        return {
+            space: tuple(
+                sums[space] if space in sums else torch.zeros_like(state) for sums in (along, back)
+            )
+            for space, state in states.items()
+        }
 
     def _sparse(self, states: dict[str, Tensor], edges: Sequence[Edge]) -> Received:
         places, total = {}, 0  # number of every node in the one graph
@@ -179,9 +183,11 @@ def _joined(values: dict[str, Tensor], spaces: Sequence[str]) -> Tensor:
     return torch.cat([part.expand(-1, members, *part.shape[2:]) for part in parts], 2)
 
 
-def _add(sums: dict[str, Tensor], spaces: Sequence[str], values: Tensor) -> None:
+def _add(
+    sums: dict[str, Tensor], spaces: Sequence[str], values: Tensor, states: dict[str, Tensor]
+) -> None:
     """Add values of the units of several spaces to their sums; shared units take the mean."""
-    parts = values.split([sums[space].shape[2] for space in spaces], 2)
+    parts = values.split([states[space].shape[2] for space in spaces], 2)
     for space, part in zip(spaces, parts, strict=True):
-        shared = sums[space].shape[1] < part.shape[1]
-        sums[space] = sums[space] + (part.mean(1, keepdim=True) if shared else part)
+        own = part.mean(1, keepdim=True) if states[space].shape[1] < part.shape[1] else part
+        sums[space] = sums[space] + own if space in sums else own

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metamerge.corrections.refit import Target, construct, mixed_target, observe, variance
+from metamerge.corrections.refit import Target, construct, mixed_target, moments, observe, variance
 from metamerge.mergers.gate import TOLD, CompetenceGate, consensus
 from metamerge.mergers.messages import Edge
-from metamerge.mergers.tokens import unit_tokens
+from metamerge.mergers.tokens import Moments, unit_tokens
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.structure.layers import INPUTS
 from metamerge.weights import Weights
@@ -33,6 +33,7 @@ class Reading(NamedTuple):
     Attributes:
         probes: Inputs that they were watched on, ``[b, ...]``.
         observed: Pre-activations on them per layer, ``[f, m, r, o]``.
+        moments: Their means and variances over probes per layer, ``[f, m, o]``.
         states: Space -> states of its units, ``[f, m, n, width]``.
         mixing: Space -> coefficients over members, ``[f, m, n]``.
         variance: Key of a layer's weight -> its variance over members, ``[f, ...]``.
@@ -41,6 +42,7 @@ class Reading(NamedTuple):
 
     probes: Tensor
     observed: dict[str, Tensor]
+    moments: dict[str, Moments]
     states: dict[str, Tensor]
     mixing: dict[str, Tensor]
     variance: dict[str, Tensor]
@@ -64,11 +66,14 @@ def read_members(
     """
     probes = merger.probes.for_members(members, layout) if inputs is None else inputs
     observed = observe(members, layout, probes)
-    states = read_units(members, layout, observed, merger.embed, merger.rounds, sparse=sparse)
+    known = {node: moments(values, 2) for node, values in observed.items()}
+    states = read_units(
+        members, layout, observed, merger.embed, merger.rounds, known=known, sparse=sparse
+    )
     varying = {x.weight: variance(members[x.weight], 1) for x in layout.layers}
     mixing = mixing_of(states, merger.mix)
     spread = disagreement(members, layout, varying)
-    return Reading(probes, observed, states, mixing, varying, spread)
+    return Reading(probes, observed, known, states, mixing, varying, spread)
 
 
 def finish(
@@ -93,6 +98,7 @@ def finish(
         layout,
         seen.probes,
         seen.observed,
+        known=seen.moments,
         mixing=seen.mixing,
         lift=lift,
         spread=seen.spread,
@@ -110,6 +116,7 @@ def read_units(
     embed: nn.Module,
     rounds: Iterable[nn.Module],
     *,
+    known: Mapping[str, Moments] | None = None,
     sparse: bool = False,
 ) -> dict[str, Tensor]:
     """States of all units after all rounds of messages.
@@ -120,12 +127,13 @@ def read_units(
         observed: Pre-activations on probes per layer, ``[f, m, r, o]``.
         embed: Tokens -> states.
         rounds: Rounds of messages, each a ``MessageRound``.
+        known: Means and variances of the pre-activations over probes, where these are known.
         sparse: Whether messages take the sparse path.
 
     Returns:
         Space -> ``[f, m, n, width]``; inputs, which all members share, ``[f, 1, n, width]``.
     """
-    tokens = unit_tokens(members, layout, observed)
+    tokens = unit_tokens(members, layout, observed, known)
     states = {
         s: embed(t.mean(1, keepdim=True) if s.startswith(INPUTS) else t) for s, t in tokens.items()
     }
@@ -196,6 +204,7 @@ def fit(
     probes: Tensor,
     observed: dict[str, Tensor],
     *,
+    known: Mapping[str, Moments],
     mixing: Mapping[str, Tensor],
     lift: Mapping[str, Tensor],
     spread: Mapping[str, Tensor],
@@ -210,6 +219,7 @@ def fit(
         layout: Layers of their architecture.
         probes: Inputs that the members were observed on, ``[b, ...]``.
         observed: Pre-activations on them per layer, ``[f, m, r, o]``.
+        known: Their means and variances over probes per layer, ``[f, m, o]``.
         mixing: Space -> coefficients over members, ``[f, m, n]``.
         lift: Space -> logarithm of the gain on the restored spread, ``[f, n]``.
         spread: What ``disagreement`` returned; where there is none, nothing is lifted.
@@ -228,7 +238,7 @@ def fit(
         at = layout.rows(layer)
         rows = at.spread(at.joined(mixing, 2), 2)  # [f, m, out]
         gain = at.spread(at.joined(lift, 1), 1) * spread[layer.weight][:, None]
-        return Target(mixed_target(values, rows, gain.exp()), strength[0])
+        return Target(mixed_target(values, rows, gain.exp(), known[layer.node][1]), strength[0])
 
     return construct(fused, observed, layout, probes, targets=targets, ridge=ridge)
 

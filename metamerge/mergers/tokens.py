@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metamerge.corrections.refit import variance
+from metamerge.corrections.refit import moments, variance
 from metamerge.structure import OUTPUTS, Layer, Layout
 from metamerge.weights import Weights
 
@@ -18,9 +18,15 @@ UNIT_FEATURES = 14
 CLASS_FEATURES = 8
 BOUND = 20.0  # of every feature; only degenerate members, such as dead layers, ever come near it
 
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance of pre-activations over probes, ``[f, m, o]`` each."""
+
 
 def unit_tokens(
-    members: Weights, layout: Layout, observed: Mapping[str, Tensor]
+    members: Weights,
+    layout: Layout,
+    observed: Mapping[str, Tensor],
+    known: Mapping[str, Moments] | None = None,
 ) -> dict[str, Tensor]:
     """Tokens of all units of all spaces.
 
@@ -28,6 +34,7 @@ def unit_tokens(
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of the architecture.
         observed: Pre-activations on probes per layer, ``[f, m, r, o]``.
+        known: Their means and variances over probes, ``[f, m, o]``, where these are known.
 
     Returns:
         Space -> ``[f, m, n, UNIT_FEATURES]``.
@@ -35,7 +42,7 @@ def unit_tokens(
     matrices = {x.node: layout.matrix(x, members[x.weight]) for x in layout.layers}
     return {
         space: _with_kind(
-            _features(members, layout, observed, matrices, space),
+            _features(members, layout, observed, known or {}, matrices, space),
             layout,
             space,
             place / max(1, len(layout.spaces) - 1),
@@ -56,8 +63,8 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
         ``[f, m, c, CLASS_FEATURES]``.
     """
     centred = logits - logits.mean(-1, keepdim=True)
-    scale = centred.std((2, 3), correction=0)[..., None].clamp_min(1e-6)  # [f, m, 1]
-    probability = logits.softmax(-1)
+    scale = centred.square().mean((2, 3))[..., None].clamp_min(1e-12).sqrt()  # [f, m, 1]
+    probability = log_probability(logits).exp()
     norm = rows.norm(dim=-1)
     typical = norm.mean((1, 2), keepdim=True).clamp_min(1e-6)
     bias = torch.zeros_like(norm) if bias is None else bias - bias.mean(-1, keepdim=True)
@@ -66,7 +73,7 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
         rows.sum(-1) / typical / rows.shape[-1] ** 0.5,
         bias / typical,
         centred.mean(2) / scale,
-        centred.std(2, correction=0) / scale,
+        (variance(centred, 2) + 1e-16).sqrt() / scale,
         centred.amax(2) / scale / 3,
         (probability.mean(2) + 1e-4).log() / 4,
         (probability.amax(2) + 1e-4).log() / 4,
@@ -74,10 +81,24 @@ def class_tokens(rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
+def log_probability(logits: Tensor) -> Tensor:
+    """``torch.log_softmax``, which takes several times as long for a few classes.
+
+    Args:
+        logits: ``[..., c]``.
+
+    Returns:
+        The same shape.
+    """
+    below = logits - logits.detach().amax(-1, keepdim=True)
+    return below - below.exp().sum(-1, keepdim=True).log()
+
+
 def _features(
     members: Weights,
     layout: Layout,
     observed: Mapping[str, Tensor],
+    known: Mapping[str, Moments],
     matrices: Mapping[str, Tensor],
     space: str,
 ) -> Tensor:
@@ -93,11 +114,11 @@ def _features(
     features = [zero] * 10
     if incoming:
         rows = _together(incoming, -1)  # [f, m, n, r]
-        norm = _norm(rows, -1)
+        norm, cosine = _norm_and_cosine(rows)
         ranks = norm.detach().argsort(-1).argsort(-1) / norm.shape[-1]
         features[:3] = [
             _relative(norm),
-            _cosine_to_mean(rows, norm, -1),
+            cosine,
             ranks - ranks.mean(1, keepdim=True),
         ]
         features[3] = _biases(members, layout, space, zero) / norm.mean(
@@ -105,18 +126,24 @@ def _features(
         ).clamp_min(1e-6)
         # producers of one space may see maps of different sizes: their rows stand one after another
         values = _together([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
-        spread = (variance(values, 2) + 1e-16).sqrt()
+        first = makers[0].node
+        same = first in known and values is observed[first]
+        mean, square = known[first] if same else moments(values, 2)
+        spread = (square + 1e-16).sqrt()
         typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
+        active = (values * (1 / typical[:, :, None])).sigmoid()
         features[4:8] = [
-            values.mean(2) / typical,
+            mean / typical,
             spread / typical,
-            (values * (1 / typical[:, :, None])).sigmoid().mean(2),
+            active.sum(2) / active.shape[2],  # unlike a mean, passes back without a copy
             _others(members, layout, space, zero),
         ]
     if outgoing:
         columns = _together(outgoing, 2)  # [f, m, r, n], as they lie in memory
-        norm = _norm(columns, -2)
-        features[8:] = [_relative(norm), _cosine_to_mean(columns, norm, -2)]
+        norm = _norm(columns)
+        mean = columns.mean(1, keepdim=True)
+        cosine = (columns * mean).sum(2) / (norm * _norm(mean)).clamp_min(1e-6)
+        features[8:] = [_relative(norm), cosine]
     return torch.stack(features, -1).clamp(-BOUND, BOUND)
 
 
@@ -146,15 +173,18 @@ def _relative(norm: Tensor) -> Tensor:
     return norm / norm.mean((1, 2), keepdim=True).clamp_min(1e-6) - 1
 
 
-def _norm(values: Tensor, dim: int) -> Tensor:
-    """Norms along an axis; ``torch.norm`` is the faster way only for the last."""
-    return values.norm(dim=dim) if dim == -1 else values.square().sum(dim).clamp_min(1e-24).sqrt()
+def _norm(columns: Tensor) -> Tensor:
+    """Norms of the columns of matrices; ``torch.norm`` is the faster way only for rows."""
+    return columns.square().sum(-2).clamp_min(1e-24).sqrt()
 
 
-def _cosine_to_mean(values: Tensor, norm: Tensor, dim: int) -> Tensor:
-    """Cosines between vectors of known norm along an axis and their mean over members."""
-    mean = values.mean(1, keepdim=True)
-    return (values * mean).sum(dim) / (norm * _norm(mean, dim)).clamp_min(1e-6)
+def _norm_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms of rows ``[f, m, n, r]``, and their cosines to their mean over members."""
+    # products of the members' rows tell both; those of one family are views, so nothing is copied
+    gram = torch.stack([own.transpose(0, 1) @ own.permute(1, 2, 0) for own in rows])  # [f, n, m, m]
+    norm = gram.diagonal(dim1=-2, dim2=-1).mT.clamp_min(1e-24).sqrt()
+    mean = gram.mean((-2, -1)).clamp_min(1e-24).sqrt()[:, None]
+    return norm, gram.mean(-1).mT / (norm * mean).clamp_min(1e-6)
 
 
 def _biases(members: Weights, layout: Layout, space: str, zero: Tensor) -> Tensor:

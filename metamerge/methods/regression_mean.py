@@ -114,8 +114,7 @@ def _observed(
         lane = execution.argument(node, 0) if layer is not None else None
         if lane is not None and lane.stacked and layer.regressable and not layer.shared:
             weight = members[layer.weight]
-            rows = fan_in_rows(node, layer, lane, weight)  # [m, r, i]
-            rows = rows[:, sampled(rows.shape[1], rows.device, most)]
+            rows = sampled(fan_in_rows(node, layer, lane, weight), most)  # [m, r, i]
             yield layer, _sums(rows, (weight - weight.mean(0)).flatten(2).mT)
         execution.step(node)
 

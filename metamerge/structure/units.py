@@ -156,9 +156,8 @@ def mix_units(members: Weights, layout: Layout, mixing: Mapping[str, Tensor]) ->
             mixed[key] = tensor.mean(1)
         else:
             own = units.spread(units.joined(_completed(units, mixing), 2), 2)  # [f, m, entries]
-            shape = [*own.shape[:2], *[1] * (tensor.ndim - 2)]
-            shape[2 + axis] = -1
-            mixed[key] = (tensor * own.reshape(shape)).sum(1)
+            entries = tensor.movedim(2 + axis, 2)
+            mixed[key] = torch.einsum("fme,fme...->fe...", own, entries).movedim(1, 1 + axis)
     tied = layout.program.tied.items() if layout.program else ()
     return {**mixed, **{alias: mixed[key] for alias, key in tied if alias in mixed}}
 

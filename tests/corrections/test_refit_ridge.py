@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metamerge.corrections.refit import solve_ridge, variance
+from metamerge.corrections.refit import moments, sampled, solve_ridge, variance
 
 
 def ridge_problem(rows, columns):
@@ -92,3 +92,20 @@ def test_variances_and_their_gradients_are_those_of_torch(dim):
     )
     assert torch.allclose(found, wanted, atol=1e-14)
     assert torch.autograd.gradgradcheck(lambda v: variance(v, dim), values)
+
+
+def test_means_come_with_variances_and_can_be_differentiated_together():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(moments(values, 1)[0], values.mean(1))
+    assert torch.equal(moments(values, 1)[1], variance(values, 1))
+    assert torch.autograd.gradcheck(lambda v: moments(v, 1), values)
+
+
+def test_rows_that_all_take_part_are_not_copied():
+    rows = torch.arange(24.0).reshape(2, 6, 2)
+    assert sampled(rows, 6) is rows
+    some = sampled(rows, 4)
+    assert some.shape == (2, 4, 2)
+    assert torch.equal(some, sampled(rows, 4))  # the same ones every time
+    assert (some[0, 1:, 0] > some[0, :-1, 0]).all()  # in their order

@@ -10,6 +10,7 @@ from metamerge.mergers.tokens import (
     CLASS_FEATURES,
     UNIT_FEATURES,
     class_tokens,
+    log_probability,
     unit_tokens,
 )
 from metamerge.structure import OUTPUTS, Layout, discover_program, trace
@@ -204,3 +205,11 @@ def test_class_tokens_of_zeros_are_bounded():
     rows, bias, logits = class_case()
     for some in ((rows * 0, bias * 0, logits * 0), (rows * 0, bias, logits * 0 + bias[:, :, None])):
         assert (class_tokens(*some).abs() <= BOUND).all()
+
+
+def test_log_probabilities_are_those_of_torch_where_logits_are_large():
+    logits = torch.tensor([[1000.0, 990.0, -1000.0], [0.0, 0.0, 0.0]])
+    assert torch.equal(log_probability(logits), logits.log_softmax(-1))
+    exact = (5 * torch.randn(4, 3, generator=seeded(), dtype=torch.float64)).requires_grad_()
+    assert torch.allclose(log_probability(exact), exact.log_softmax(-1), atol=1e-14)
+    assert torch.autograd.gradcheck(log_probability, exact)
