@@ -1,16 +1,20 @@
 """What several rooms are tested on: a small real zoo, a merger trained on it, wired networks."""
 
 import os
-from contextlib import contextmanager
+import socket
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch._subclasses import fake_impls
 from torch.export import exported_program
+from torch.multiprocessing import ProcessExitedException, start_processes
 
 from evaluation.metrics import family_logits, references
 from metamerge.alignment import weight_matching
@@ -85,6 +89,39 @@ def export_without_memory():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported_program, "_override_composite_implicit_decomp", remembering)
         yield own
+
+
+def as_rank(rank, main, settings, said):
+    """What a process does that was forked to be one of several."""
+    os.environ |= settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process it comes from
+    with (said / str(rank)).open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        code = main()
+    sys.exit(code)
+
+
+@pytest.fixture(scope="session")
+def on_two_processes(tmp_path_factory):
+    """Call ``main`` on two CPU processes that know of each other: what both printed.
+
+    They are forked from this one, which has imported what a launched process would take seconds to
+    import. Tests of mergers and of comparisons have theirs launched.
+    """
+
+    def on_two_processes(main):
+        said = tmp_path_factory.mktemp("said")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        settings |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        try:
+            start_processes(as_rank, (main, settings, said), nprocs=2, start_method="fork")
+        except ProcessExitedException as error:
+            pytest.fail(f"{error}\n{''.join(file.read_text() for file in said.iterdir())}")
+        return "".join(file.read_text() for file in said.iterdir())
+
+    return on_two_processes
 
 
 @pytest.fixture(scope="session")
