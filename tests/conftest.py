@@ -1,5 +1,6 @@
 """What several rooms are tested on: a small real zoo, a merger trained on it, wired networks."""
 
+import gc
 import os
 import socket
 import sys
@@ -35,6 +36,11 @@ LONG = {
 }
 
 
+def pytest_collection_finish():
+    """What imports and collecting left stays: it is never looked through for garbage again."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
     """Files that take longest come first, so that none of them keeps one worker busy at the end."""
     items.sort(key=lambda item: item.path.name not in LONG)
@@ -65,10 +71,20 @@ def swapped(kernels, rules):
 def export_without_memory():
     """What torch.export tells 525 operators for every network anew, it tells them out of memory.
 
-    That is two thirds of the time that a small network takes to be traced, and there are thousands.
-    The fixture is torch.export's own function; test_tracing.py holds the two against each other.
+    It looks for them 26 times, too. Together that is three quarters of the time that a small
+    network takes to be traced, and there are thousands. The fixture is torch.export's own
+    functions by their names; test_tracing.py holds them against what is remembered.
     """
-    own, entered = exported_program._override_composite_implicit_decomp, {}
+    names = ("_override_composite_implicit_decomp", "_collect_all_valid_cia_ops")
+    by_name = {name: getattr(exported_program, name) for name in names}
+    (own, collect), entered, collected = by_name.values(), {}, {}
+
+    def collecting():
+        found = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+        key = (*torch.ops._dir, *found)
+        if key not in collected:
+            collected[key] = collect()
+        return collected[key]
 
     @contextmanager
     def remembering(table):
@@ -87,8 +103,9 @@ def export_without_memory():
             yield
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported_program, "_override_composite_implicit_decomp", remembering)
-        yield own
+        for name, instead in zip(names, (remembering, collecting), strict=True):
+            patch.setattr(exported_program, name, instead)
+        yield by_name
 
 
 def as_rank(rank, main, settings, said):
