@@ -17,6 +17,15 @@ from metamerge.structure import Concat, PermutationSpec, discover
 TWINS = {
     *("roberta", "electra", "mistral", "qwen2", "gemma", "deit", "dinov2", "clip_vision"),
     *("convnext", "mobilenet_v1", "pvt_v2", "hubert"),
+    *("mobilenet_v2", "resnet"),  # blocks of mobilevit and efficientnet; of resnet20 and bit
+    *("pvt", "swin", "ast"),  # segformer; swinv2, with beit's table of positions; vit
+    *("pegasus", "t5_gated"),  # whisper, bart; t5, with llama's gates
+    *(
+        "phi",
+        "stablelm",
+        "gpt_neo",
+        "mpnet",
+    ),  # gptj; gpt_neox, llama; gpt2, opt; bert, with t5's bias
 }
 CATALOGUE = {name: make for name, make in (OWN | TRANSFORMERS).items() if name not in TWINS}
 NOISE = 0.01  # of the standard deviation of each tensor, far less than units differ by
