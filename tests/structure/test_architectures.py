@@ -20,12 +20,8 @@ TWINS = {
     *("mobilenet_v2", "resnet"),  # blocks of mobilevit and efficientnet; of resnet20 and bit
     *("pvt", "swin", "ast"),  # segformer; swinv2, with beit's table of positions; vit
     *("pegasus", "t5_gated"),  # whisper, bart; t5, with llama's gates
-    *(
-        "phi",
-        "stablelm",
-        "gpt_neo",
-        "mpnet",
-    ),  # gptj; gpt_neox, llama; gpt2, opt; bert, with t5's bias
+    *("phi", "stablelm", "gpt_neo"),  # gptj; gpt_neox and llama; gpt2 and opt
+    "mpnet",  # bert, with t5's table of positions
 }
 CATALOGUE = {name: make for name, make in (OWN | TRANSFORMERS).items() if name not in TWINS}
 NOISE = 0.01  # of the standard deviation of each tensor, far less than units differ by
