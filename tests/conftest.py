@@ -1,16 +1,21 @@
 """What several rooms are tested on: a small real zoo, a merger trained on it, wired networks."""
 
+import gc
 import os
-from contextlib import contextmanager
+import socket
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch._subclasses import fake_impls
 from torch.export import exported_program
+from torch.multiprocessing import ProcessExitedException, start_processes
 
 from evaluation.metrics import family_logits, references
 from metamerge.alignment import weight_matching
@@ -28,7 +33,14 @@ FAMILIES, MEMBERS, TRAINED_ON = 48, 4, 36
 LONG = {
     *("test_architectures.py", "test_tutorial.py", "test_suites.py", "test_compare.py"),
     *("test_compare_methods.py", "test_merger_script.py", "test_rounds_script.py"),
+    *("test_clusters_script.py", "test_subsets_script.py", "test_mutants_script.py"),
+    *("test_rules.py", "test_lockstep.py", "test_servers.py", "test_build.py", "test_faults.py"),
 }
+
+
+def pytest_collection_finish():
+    """What imports and collecting left stays: it is never looked through for garbage again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -61,10 +73,20 @@ def swapped(kernels, rules):
 def export_without_memory():
     """What torch.export tells 525 operators for every network anew, it tells them out of memory.
 
-    That is two thirds of the time that a small network takes to be traced, and there are thousands.
-    The fixture is torch.export's own function; test_tracing.py holds the two against each other.
+    It looks for them 26 times, too. Together that is three quarters of the time that a small
+    network takes to be traced, and there are thousands. The fixture is torch.export's own
+    functions by their names; test_tracing.py holds them against what is remembered.
     """
-    own, entered = exported_program._override_composite_implicit_decomp, {}
+    names = ("_override_composite_implicit_decomp", "_collect_all_valid_cia_ops")
+    by_name = {name: getattr(exported_program, name) for name in names}
+    (own, collect), entered, collected = by_name.values(), {}, {}
+
+    def collecting():
+        found = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+        key = (*torch.ops._dir, *found)
+        if key not in collected:
+            collected[key] = collect()
+        return collected[key]
 
     @contextmanager
     def remembering(table):
@@ -83,8 +105,42 @@ def export_without_memory():
             yield
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported_program, "_override_composite_implicit_decomp", remembering)
-        yield own
+        for name, instead in zip(names, (remembering, collecting), strict=True):
+            patch.setattr(exported_program, name, instead)
+        yield by_name
+
+
+def as_rank(rank, main, settings, said):
+    """What a process does that was forked to be one of several."""
+    os.environ |= settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process it comes from
+    with (said / str(rank)).open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        code = main()
+    sys.exit(code)
+
+
+@pytest.fixture(scope="session")
+def on_two_processes(tmp_path_factory):
+    """Call ``main`` on two CPU processes that know of each other: what both printed.
+
+    They are forked from this one, which has imported what a launched process would take seconds to
+    import. Tests of mergers and of comparisons have theirs launched.
+    """
+
+    def on_two_processes(main):
+        said = tmp_path_factory.mktemp("said")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        settings |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        try:
+            start_processes(as_rank, (main, settings, said), nprocs=2, start_method="fork")
+        except ProcessExitedException as error:
+            pytest.fail(f"{error}\n{''.join(file.read_text() for file in said.iterdir())}")
+        return "".join(file.read_text() for file in said.iterdir())
+
+    return on_two_processes
 
 
 @pytest.fixture(scope="session")

@@ -861,8 +861,9 @@ def outputs(widths, members):
         return average(widths, members).to_module(network(widths=widths))(probes)
 
 
-sizes = st.integers(1, 6)
-networks = st.tuples(sizes, sizes, sizes) | st.tuples(sizes, sizes, sizes, sizes)
+networks = st.sampled_from(
+    [(1, 1, 1), (6, 1, 3), (3, 6, 2), (2, 4, 1), (5, 1, 6, 4), (4, 3, 2, 2), (1, 6, 5, 1)]
+)
 seeds = st.integers(0, 2**31)
 some = settings(max_examples=30, deadline=None)
 

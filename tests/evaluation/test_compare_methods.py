@@ -12,7 +12,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from evaluation.bench import Bench
-from evaluation.compare import CompareOptions, compare
+from evaluation.compare import CompareOptions, compare, main
 from evaluation.competitors import ALL, chosen_entries
 from evaluation.judged import zoo_families
 from evaluation.methods import entries as entries_module
@@ -267,16 +267,17 @@ ARGUMENTS = (
 )
 
 
-def test_two_processes_leave_the_table_of_one(result, place, merger):
-    done = launched("", "--merger", merger, *ARGUMENTS, "--out", "two", place=place)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_leave_the_table_of_one(result, place, merger, on_two_processes, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["compare", "--merger", merger, *ARGUMENTS, "--out", "two"])
+    said = on_two_processes(main)
     one, two = (
         json.loads((place / name / "leaderboard.json").read_text()) for name in ("out", "two")
     )
     assert [[row[key] for key in KEPT] for row in two] == [
         [row[key] for key in KEPT] for row in one
     ]
-    assert done.stdout.count("test accuracy in %") == 1  # one of the two speaks
+    assert said.count("test accuracy in %") == 1  # one of the two speaks
     assert sorted(path.name for path in (place / "two").glob("rows*")) == ["rows.jsonl"]
 
 

@@ -1,4 +1,7 @@
-"""Every network of the catalogue: its spec is proved, and a permuted copy of it is matched back."""
+"""Networks of the catalogue: specs are proved, permuted copies matched back, programs run.
+
+A network is traced once for all tests of this file.
+"""
 
 import importlib.util
 import json
@@ -8,15 +11,21 @@ from functools import cache
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from evaluation.benchmarks.architectures import OWN, TRANSFORMERS
 from metamerge.alignment.weight_matching import weight_matching
-from metamerge.structure import Concat, PermutationSpec, discover
+from metamerge.structure import Concat, PermutationSpec, discover_program, run, trace
 
 # Wired like another one of the catalogue but for a few operators; the benchmark has them all.
 TWINS = {
     *("roberta", "electra", "mistral", "qwen2", "gemma", "deit", "dinov2", "clip_vision"),
     *("convnext", "mobilenet_v1", "pvt_v2", "hubert"),
+    *("mobilenet_v2", "resnet"),  # blocks of mobilevit and efficientnet; of resnet20 and bit
+    *("pvt", "swin", "ast"),  # segformer; swinv2, with beit's table of positions; vit
+    *("pegasus", "t5_gated"),  # whisper, bart; t5, with llama's gates
+    *("phi", "stablelm", "gpt_neo"),  # gptj; gpt_neox and llama; gpt2 and opt
+    "mpnet",  # bert, with t5's table of positions
 }
 CATALOGUE = {name: make for name, make in (OWN | TRANSFORMERS).items() if name not in TWINS}
 NOISE = 0.01  # of the standard deviation of each tensor, far less than units differ by
@@ -29,7 +38,7 @@ def built(name):
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
-    return CATALOGUE[name]()
+    return (OWN | TRANSFORMERS)[name]()
 
 
 # Three groups of a convolution, shuffled into three groups of eight channels: 8 is no multiple of
@@ -38,10 +47,17 @@ SHARES = {"shufflenet": 0.5}
 
 
 @cache
-def proved(name):
-    """State dict and spec of a network, found once for all tests of this file."""
+def traced(name):
+    """A network, its example inputs and its program."""
     model, example = built(name)
-    spec = discover(model, example)
+    return model, example, trace(model, example)
+
+
+@cache
+def proved(name):
+    """State dict and spec of a network."""
+    model, _, program = traced(name)
+    spec = discover_program(program)
     return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}, spec
 
 
@@ -95,6 +111,73 @@ def test_a_missing_package_fails_in_ci_and_is_skipped_elsewhere(monkeypatch, ci,
     with pytest.raises(outcome.Exception, match="bert is a model of the transformers package"):
         built("bert")
     assert built("mlp")
+
+
+# ---------------------------------------------------------------------------- programs
+
+FOLLOWED = [
+    *("prelu_mlp", "weight_norm_mlp", "gated_mlp", "siren", "vgg", "mobilenet", "group_norm_net"),
+    *("audio_net", "video_net", "autoencoder", "super_resolution", "resnext", "densenet", "unet"),
+    *("squeeze_excitation", "shufflenet", "mixer", "encoder_pre_norm", "cross_attention"),
+    *("einsum_attention", "tied_language_model", "bilinear", "two_towers", "two_outputs"),
+    *("gcn", "gin", "graph_sage", "gat"),
+    *("bert", "gpt2", "llama", "deberta", "swin", "mamba"),
+]
+RECURRENT = ["lstm_tagger", "gru_classifier"]
+COUNT = 3  # networks that run side by side
+
+
+@pytest.mark.parametrize("name", [*FOLLOWED, *RECURRENT])
+def test_programs_compute_what_their_modules_do(name):
+    model, inputs, program = traced(name)
+    named = isinstance(inputs, dict)
+    with torch.no_grad():
+        expected = model(**inputs) if named else model(*inputs)
+        found = run(program, model.state_dict(), [*(inputs.values() if named else inputs)])
+    expected = getattr(expected, "logits", expected)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    assert found.shape == expected.shape
+    # Up to a hundred operators, each rounded to 1e-7 of what it puts out.
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+def stacked(name):
+    """A network in float64: program, three sets of weights, inputs."""
+    model, inputs, program = traced(name)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        weights[key] = tensor.expand(COUNT, *tensor.shape)
+        if tensor.is_floating_point():
+            noise = torch.rand(weights[key].shape, generator=generator)
+            weights[key] = tensor.double() * (1 + 0.1 * noise)
+    given = inputs.values() if isinstance(inputs, dict) else inputs
+    inputs = [x.double() if x.is_floating_point() else x for x in given]
+    return program.in_float64(), weights, inputs
+
+
+def one_by_one(program, weights, inputs):
+    own = [{key: tensor[n] for key, tensor in weights.items()} for n in range(COUNT)]
+    return torch.stack([run(program, member, inputs) for member in own])
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_stacked_networks_agree_with_a_loop_over_them(name):
+    program, weights, inputs = stacked(name)
+    found = run(program, weights, inputs, stacked=True)
+    expected = one_by_one(program, weights, inputs)
+    assert found.shape == expected.shape
+    # Up to a hundred layers deep, each of which may double a difference of 1e-16 or so.
+    assert float((found - expected).norm()) < 1e-10 * float(expected.norm())
+    assert not torch.equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_networks_run_one_after_the_other(name):
+    program, weights, inputs = stacked(name)
+    found = run(program, weights, inputs, stacked=True)
+    assert_close(found, one_by_one(program, weights, inputs))
 
 
 # ---------------------------------------------------------------------------- by hand

@@ -1,4 +1,3 @@
-import importlib.util
 import weakref
 
 import pytest
@@ -6,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evaluation.benchmarks.architectures import OWN, TRANSFORMERS
 from metamerge.structure import Execution, run, trace
 from metamerge.weights import stack
 
@@ -54,54 +52,6 @@ def test_a_stack_of_one_has_its_axis(network):
     weights, inputs = network.weights(1), network.inputs(4)
     found = run(network.program, weights, [inputs], stacked=True)
     assert_same(found, network.outputs(member(weights, 0), inputs)[None])
-
-
-FOLLOWED = [
-    *("prelu_mlp", "weight_norm_mlp", "gated_mlp", "siren", "vgg", "mobilenet", "group_norm_net"),
-    *("audio_net", "video_net", "autoencoder", "super_resolution", "resnext", "densenet", "unet"),
-    *("squeeze_excitation", "shufflenet", "mixer", "encoder_pre_norm", "cross_attention"),
-    *("einsum_attention", "tied_language_model", "bilinear", "two_towers", "two_outputs"),
-    *("gcn", "gin", "graph_sage", "gat"),
-    *("bert", "gpt2", "llama", "deberta", "swin", "mamba"),
-]
-RECURRENT = ["lstm_tagger", "gru_classifier"]
-
-
-def catalogued(name):
-    """A network of the catalogue in float64: program, three sets of weights, inputs."""
-    if name in TRANSFORMERS and importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed; test_architectures says whether it must be")
-    model, inputs = (OWN | TRANSFORMERS)[name]()
-    program = trace(model, inputs).in_float64()
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for key, tensor in model.state_dict().items():
-        weights[key] = tensor.expand(COUNT, *tensor.shape)
-        if tensor.is_floating_point():
-            noise = torch.rand(weights[key].shape, generator=generator)
-            weights[key] = tensor.double() * (1 + 0.1 * noise)
-    given = inputs.values() if isinstance(inputs, dict) else inputs
-    return program, weights, [x.double() if x.is_floating_point() else x for x in given]
-
-
-@pytest.mark.parametrize("name", FOLLOWED)
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_stacked_networks_of_the_catalogue_agree_with_a_loop_over_them(name):
-    program, weights, inputs = catalogued(name)
-    found = run(program, weights, inputs, stacked=True)
-    expected = torch.stack([run(program, member(weights, n), inputs) for n in range(COUNT)])
-    assert found.shape == expected.shape
-    # Up to a hundred layers deep, each of which may double a difference of 1e-16 or so.
-    assert float((found - expected).norm()) < 1e-10 * float(expected.norm())
-    assert not torch.equal(expected[0], expected[1])
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_networks_run_one_after_the_other(name):
-    program, weights, inputs = catalogued(name)
-    count = len(next(iter(weights.values())))
-    expected = torch.stack([run(program, member(weights, k), inputs) for k in range(count)])
-    torch.testing.assert_close(run(program, weights, inputs, stacked=True), expected)
 
 
 def test_gradients_of_stacked_weights_are_those_of_every_network_alone(network):

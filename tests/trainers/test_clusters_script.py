@@ -21,7 +21,7 @@ from zoo.options import parse
 from zoo.tasks.housing import CALIFORNIA, GENERATED_HOUSING
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ("--config_file", str(ROOT / "accelerate_config.yaml"))
+SCRIPT = str(ROOT / "trainers" / "clusters.py")
 SMALL = (
     *("--tasks", "diabetes", "--hidden", "1", "--width", "8", "--clusterings", "features"),
     *("--rules", "plain", "increasing", "adam", "dropped", "--lr", "0.1", "0.01"),
@@ -32,8 +32,8 @@ CELLS = 4 * 2 + 2
 pytestmark = pytest.mark.xdist_group("clusters_script")
 
 
-def start(folder, *arguments, launcher=(), **settings):
-    """The script in a folder of its own, as a process group of its own, launched or by itself."""
+def start(folder, *arguments):
+    """The script in a folder of its own, as a process group of its own."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
@@ -43,19 +43,14 @@ def start(folder, *arguments, launcher=(), **settings):
     for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [*(launcher or (sys.executable,)), str(ROOT / "trainers" / "clusters.py"), *arguments],
+        [sys.executable, SCRIPT, *arguments],
         cwd=folder,
-        env=environment | settings,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=250)
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
 def rows_of(folder):
@@ -74,14 +69,11 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(place):
-    """The grid on two CPU processes."""
-    accelerate = Path(sys.executable).with_name("accelerate")
-    launcher = (accelerate, "launch", *CONFIG, "--multi_gpu", "--num_processes", "2")
-    process = start(place, *SMALL, "--out", "two", launcher=launcher, ACCELERATE_USE_CPU="true")
-    done = finish(process)
-    assert done.code == 0, done.err
-    return SimpleNamespace(folder=place / "two", out=done.out)
+def two_ranks(place, on_two_processes, command):
+    """The grid on two CPU processes, tracked."""
+    with pytest.MonkeyPatch.context() as patch:
+        said = on_two_processes(lambda: command(patch, place, *SMALL, "--out", "two"))
+    return SimpleNamespace(folder=place / "two", out=said)
 
 
 @pytest.fixture(scope="module")

@@ -80,15 +80,20 @@ def test_a_run_leaves_a_table_a_picture_and_a_run_per_row(whole, place):
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(whole, zoo, place):
+def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(
+    whole, zoo, place, on_two_processes, monkeypatch
+):
     arguments = ("--zoo", str(zoo.folder), "--out", str(place / "killed"), *SMALL, "--no-tracking")
     arguments = (*arguments, "--rows", "mutant", "joined")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    for name in ("OMP_NUM_THREADS", "WORLD_SIZE"):
-        environment.pop(name, None)
-    started = {"cwd": place, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    environment.pop("WORLD_SIZE", None)
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments], start_new_session=True, **started
+        [sys.executable, SCRIPT, *arguments],
+        start_new_session=True,
+        cwd=place,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     ledger, until = place / "killed" / "families" / "0.jsonl", time.monotonic() + 120
     try:
@@ -101,16 +106,8 @@ def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(whole, z
         process.communicate()
     kept = ledger.read_text()
     assert not (place / "killed" / "leaderboard.json").exists()
-    accelerate = Path(sys.executable).with_name("accelerate")
-    config = ("--config_file", str(ROOT / "accelerate_config.yaml"))
-    done = subprocess.run(
-        [accelerate, "launch", *config, "--multi_gpu", "--num_processes", "2", SCRIPT, *arguments],
-        **started,
-        stdout=subprocess.PIPE,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("leaderboard.json") == 1  # one of the two speaks
+    said = on_two_processes(lambda: command(monkeypatch, *arguments))
+    assert said.count("leaderboard.json") == 1  # one of the two speaks
     lines = kept.splitlines()[:4]
     assert ledger.read_text().splitlines()[:4] == lines  # finished rows were not made again
     found, expected = scores(place / "killed"), scores(whole)

@@ -145,11 +145,11 @@ def test_a_killed_training_goes_on_and_loses_no_bit(command, whole, killed, plac
     assert not (place / "killed.state" / COURSE).exists()
 
 
-def test_two_processes_reach_what_one_reaches(whole, place, launch, two_processes):
+def test_two_processes_reach_what_one_reaches(whole, place, on_two_processes, command, monkeypatch):
     """Three members on two processes; sums in another order are all that may differ."""
-    done = launch(place, "--out", "two", *SMALL, *DEEP, "--no-tracking", **two_processes)
-    assert done.code == 0, done.err
-    assert done.out.count("two/rounds.json") == 1  # one of the two speaks
+    arguments = ("--out", "two", *SMALL, *DEEP, "--no-tracking")
+    said = on_two_processes(lambda: command(monkeypatch, place, *arguments))
+    assert said.count("two/rounds.json") == 1  # one of the two speaks
     found, expected = weights_of(place / "two" / COURSE), weights_of(whole / COURSE)
     for key, tensor in expected.items():
         # 40 rounds of 40 steps let single rounding errors of 1e-7 grow; weights are about 0.1.

@@ -103,13 +103,12 @@ def killed(place, killed_when):
 
 
 def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(
-    whole, killed, place, launch, two_processes
+    whole, killed, place, on_two_processes, command, monkeypatch
 ):
     kept = killed.read_text().splitlines()
     arguments = ("--out", "killed", *SMALL, "--no-tracking")
-    done = launch(place, *arguments, **two_processes)
-    assert done.code == 0, done.err
-    assert done.out.count("killed/table.json") == 1  # one of the two speaks
+    said = on_two_processes(lambda: command(monkeypatch, place, *arguments))
+    assert said.count("killed/table.json") == 1  # one of the two speaks
     found = killed.read_text().splitlines()
     assert found[:4] == kept[:4]  # finished rows were not made again
     keys = [json.loads(line)["key"] for line in found if line.endswith("}")]

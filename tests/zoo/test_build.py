@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -27,7 +26,6 @@ from zoo.shards import train_shard
 from zoo.store import FAMILY_PARTS, SEGMENT
 from zoo.tasks import load_task
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ZooOptions(
     widths=(8,),
     segment_size=60,
@@ -515,51 +513,27 @@ def test_members_that_diverge_are_refused(tmp_path):
 
 # ------------------------------------------------------------------------------- processes
 
-SHARED = """
-import os
-from zoo import build, recipe, shards
 
-def spy(options, split, program, place, families, *others):
-    line = f"{os.environ['RANK']} {place[0]} {place[1]} {families[0]} {families[-1] + 1}\\n"
-    with open(os.environ["TRAINED"], "a") as file:
-        file.write(line)
-    return shards.train_shard(options, split, program, place, families, *others)
+def test_two_processes_share_the_work_and_give_the_bytes_of_one(
+    zoo, tmp_path, on_two_processes, monkeypatch
+):
+    def spy(options, split, program, place, families, *others):
+        line = f"{os.environ['RANK']} {place[0]} {place[1]} {families[0]} {families[-1] + 1}\n"
+        with (tmp_path / "trained").open("a") as file:
+            file.write(line)
+        return train_shard(options, split, program, place, families, *others)
 
-build.train_shard = spy
-build.main()
-"""
-
-
-def test_two_processes_share_the_work_and_give_the_bytes_of_one(zoo, tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    config = ("--config_file", str(ROOT / "accelerate_config.yaml"))
-    launcher = (Path(sys.executable).with_name("accelerate"), "launch", *config)
-    done = subprocess.run(
-        [
-            *launcher,
-            *("--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
-            *(tmp_path / "shared.py", *flags(small(tmp_path))),
-        ],
-        env=os.environ
-        | {
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "TRAINED": str(tmp_path / "trained"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("zoo.build.train_shard", spy)
+    monkeypatch.setattr(sys, "argv", ["zoo.build", *flags(small(tmp_path))])
+    said = on_two_processes(main)
     assert content(tmp_path / "zoo") == content(zoo.folder)
     lines = [line.split() for line in (tmp_path / "trained").read_text().splitlines()]
     places = [(part, int(k), int(a), int(b)) for _, part, k, a, b in lines]
     assert set(places) == PLACES
     assert len(places) == len(PLACES)
     assert {rank for rank, *_ in lines} == {"0", "1"}
-    assert done.stdout.count("networks ready") == 1  # one of the two speaks
-    assert left_over(tmp_path) == {"shared.py", "trained"}
+    assert said.count("networks ready") == 1  # one of the two speaks
+    assert left_over(tmp_path) == {"trained"}
 
 
 class Process:
