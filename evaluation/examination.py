@@ -1,7 +1,6 @@
 """Examining a merger: gates, recall of forgotten classes, distance to what it has seen."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +37,7 @@ def examine(bench: Bench, contestant: Contestant) -> dict[str, Any]:
     if distances is not None:
         gates.append(copies_nothing(distances))
     return {
-        "gates": [{**asdict(gate), "passed": gate.passed} for gate in gates],
+        "gates": [gate.record for gate in gates],
         "forgotten_class_recall": forgotten_class_recall(*where, **told),
         "nearest_training": None
         if distances is None

@@ -7,6 +7,8 @@ whatever its accuracy.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,12 @@ class Gate:
     def passed(self) -> bool:
         """Whether the value is within the limit (NaN never is)."""
         return self.value <= self.limit
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What cards and reports keep of it; None for a value that is not finite."""
+        value = self.value if isfinite(self.value) else None
+        return {"name": self.name, "value": value, "limit": self.limit, "passed": self.passed}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from evaluation.metrics import accuracy, family_logits
 from metamerge.alignment import weight_matching
+from metamerge.errors import ConfigError
 from metamerge.mergers import ThresholdObjective
 from metamerge.structure import Layout
 from metamerge.weights import Weights
@@ -132,6 +133,9 @@ def read_data(zoos: Sequence[tuple[Zoo, TaskSplit]], device: torch.device) -> Da
 
     Returns:
         Families that are aligned, with what their members say of objective images.
+
+    Raises:
+        ConfigError: If there are too few validation families to compare with each other.
     """
     parts: dict[str, list[Families]] = {"train": [], "validation": []}
     for zoo, split in zoos:
@@ -139,4 +143,15 @@ def read_data(zoos: Sequence[tuple[Zoo, TaskSplit]], device: torch.device) -> Da
         for part, images in (("train", "objective"), ("validation", "validation")):
             shown = tuple(t.to(device) for t in split.images(images))
             parts[part] += load_families(zoo, part, shown, prefix).values()
+        _check_validation(zoo, parts["validation"])
     return Data([zoo for zoo, _ in zoos], parts["train"], parts["validation"])
+
+
+def _check_validation(zoo: Zoo, groups: Sequence[Families]) -> None:
+    for group in groups:
+        if len(group) < 2:
+            raise ConfigError(
+                f"{zoo.folder}: expected 2 validation families or more of K={group.members}, got "
+                f"{len(group)}. Gates compare the networks of different families: build the zoo "
+                "with --validation-families 2 or more."
+            )

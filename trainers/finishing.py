@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,9 +72,7 @@ def finish(
         "seconds": round(best.seconds, 1),
         "run": best.run,
         "history": best.history,
-        "gates": {
-            k: [{**asdict(g), "passed": g.passed} for g in found] for k, found in gates.items()
-        },
+        "gates": {k: [gate.record for gate in found] for k, found in gates.items()},
     }
     folder = save_merger(merger.cpu(), record["out"], card)
     tracked.text(json.dumps(card, indent=1), "card.json")

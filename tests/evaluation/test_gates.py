@@ -1,6 +1,7 @@
 """The collapse gates: honest mergers pass, and every way to cheat fails the gate made for it."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -320,6 +321,13 @@ def test_families_with_numbers_of_their_own_are_judged_by_their_own_labels(judge
 )
 def test_a_gate_passes_up_to_its_limit_and_never_with_nan(value, passed):
     assert Gate("name", value, 0.2).passed is passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_kept_of_a_gate_is_json_whatever_its_value(value):
+    kept = json.loads(json.dumps(Gate("poisoned_member", value, 0.02).record, allow_nan=False))
+    assert kept == {"name": "poisoned_member", "value": None, "limit": 0.02, "passed": False}
+    assert Gate("poisoned_member", 0.01, 0.02).record == {**kept, "value": 0.01, "passed": True}
 
 
 def test_one_family_cannot_be_compared_with_another_and_does_not_pass(failed, digits_zoo):

@@ -5,8 +5,9 @@ import torch
 
 from evaluation.metrics import accuracy, family_logits
 from metamerge.alignment import weight_matching
+from metamerge.errors import ConfigError
 from metamerge.mergers import ThresholdObjective
-from trainers.families import load_families, thresholds_of
+from trainers.families import load_families, read_data, thresholds_of
 from zoo.build import ZooOptions, build, split_of
 from zoo.variants import Variants
 
@@ -123,3 +124,20 @@ def test_members_are_right_by_the_names_that_their_family_knows(zoo):
             if group.variants:
                 task = accuracy(group.answers.float(), images[1])
                 assert task.mean() < own.mean() - 0.15
+
+
+def test_one_validation_family_is_too_few_to_be_compared(tmp_path):
+    options = ZooOptions(
+        out=str(tmp_path / "lone"),
+        widths=(4,),
+        segment_size=50,
+        members=(2,),
+        train_families=2,
+        validation_families=1,
+        test_families=1,
+        epochs=1.0,
+    )
+    lone = build(options)
+    told = r"lone: expected 2 validation families or more of K=2, got 1\. .*--validation-families"
+    with pytest.raises(ConfigError, match=told):
+        read_data([(lone, split_of(lone))], torch.device("cpu"))
