@@ -34,7 +34,7 @@ LONG = {
     *("test_architectures.py", "test_tutorial.py", "test_suites.py", "test_compare.py"),
     *("test_compare_methods.py", "test_merger_script.py", "test_rounds_script.py"),
     *("test_clusters_script.py", "test_subsets_script.py", "test_mutants_script.py"),
-    *("test_rules.py", "test_lockstep.py", "test_servers.py", "test_build.py", "test_faults.py"),
+    *("test_rules.py", "test_servers.py", "test_build.py", "test_faults.py"),
 }
 
 

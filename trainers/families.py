@@ -1,6 +1,6 @@
 """Families as a merger is trained on them: aligned once, beside what their members say."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,12 +142,14 @@ def read_data(zoos: Sequence[tuple[Zoo, TaskSplit]], device: torch.device) -> Da
         prefix = f"{zoo.folder.name}_" if len(zoos) > 1 else ""
         for part, images in (("train", "objective"), ("validation", "validation")):
             shown = tuple(t.to(device) for t in split.images(images))
-            parts[part] += load_families(zoo, part, shown, prefix).values()
-        _check_validation(zoo, parts["validation"])
+            found = load_families(zoo, part, shown, prefix).values()
+            if part == "validation":
+                _check_validation(zoo, found)
+            parts[part] += found
     return Data([zoo for zoo, _ in zoos], parts["train"], parts["validation"])
 
 
-def _check_validation(zoo: Zoo, groups: Sequence[Families]) -> None:
+def _check_validation(zoo: Zoo, groups: Iterable[Families]) -> None:
     for group in groups:
         if len(group) < 2:
             raise ConfigError(

@@ -169,13 +169,14 @@ def resnet8(
 ) -> nn.Sequential:
     """A slim ResNet for processors: one residual block per width, and a first stride of 2.
 
-    The family of ``resnet20`` at its shallowest, on a quarter of the places: a step of training
-    takes some fiftieth of the sums.
+    The family of ``resnet20`` at its shallowest, on a quarter of the places and with half of the
+    channels: one pass takes some fiftieth of its multiplications.
 
     Args:
         shape: Shape of one input, ``(channels, height, width)``.
         outputs: Number of logits.
-        widths: Channels per stage; every stage halves height and width.
+        widths: Channels per stage; the first convolution halves height and width, and so does
+            every stage but the first.
         norm: ``layer`` (over channels and places) or ``batch``.
 
     Returns:

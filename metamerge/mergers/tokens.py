@@ -127,7 +127,7 @@ def _features(
         # producers of one space may see maps of different sizes: their rows stand one after another
         values = _together([_of_space(observed[x.node], layout, x, space) for x in makers], 2)
         first = makers[0].node
-        same = first in known and values is observed[first]
+        same = first in known and values is observed[first]  # one producer, all of whose units
         mean, square = known[first] if same else moments(values, 2)
         spread = (square + 1e-16).sqrt()
         typical = spread.mean((1, 2), keepdim=True).clamp_min(1e-6)
