@@ -134,6 +134,9 @@ def cost_figure(
 ) -> Figure:
     """Seconds of a merge against accuracy; methods that no other beats in both are named.
 
+    What is far below all of these is told at the lower edge, so that they do not crowd at the
+    upper one.
+
     Args:
         rows: Rows of ``leaderboard.json``.
         title: Headline.
@@ -148,18 +151,31 @@ def cost_figure(
     figure = new_figure(7.6, 4.6)
     axes = figure.subplots()
     axes.set_xscale("log")
+    front = _front(own)
+    named = [r for r in own if r in front or r["method"].partition(", ")[0] in learned]
+    edge = _edge([100 * row["accuracy_mean"] for row in named])
+    below = [row for row in own if 100 * row["accuracy_mean"] < edge]
     for row in own:
-        colour = _colour(row)
+        colour, low = _colour(row), row in below
         axes.plot(
             _seconds(row),
-            100 * row["accuracy_mean"],
-            "o",
+            edge if low else 100 * row["accuracy_mean"],
+            "v" if low else "o",
             markersize=6,
             color=colour,
             markerfacecolor="white" if row["control"] else colour,
             alpha=0.95,
         )
-    front = _front(own)
+        if low:
+            axes.annotate(
+                f"{100 * row['accuracy_mean']:.0f}",
+                (_seconds(row), edge),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=SMALL,
+                color=GREY,
+            )
     axes.step(
         [_seconds(row) for row in front],
         [100 * row["accuracy_mean"] for row in front],
@@ -169,15 +185,22 @@ def cost_figure(
         linestyle=":",
         zorder=0,
     )
-    named = [r for r in own if r in front or r["method"].partition(", ")[0] in learned]
     tidy(axes, x="seconds per merge, log scale", y="test accuracy in %, mean over families")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
     axes.margins(x=0.12, y=0.1)
-    _legend(figure, own, {"no other is faster and better": Line2D([], [], color=GREY, ls=":")})
+    marks = {"no other is faster and better": Line2D([], [], color=GREY, ls=":")}
+    if below:
+        marks["below the edge"] = Line2D([], [], color=GREY, marker="v", lw=0, ms=5)
+    _legend(figure, own, marks)
     figure.suptitle(f"{title}, K = {size}", fontsize=TITLE, color=INK)
-    _name(axes, own, named)
+    _name(axes, [row for row in own if row not in below], named)
     return figure
+
+
+def _edge(named: Sequence[float]) -> float:
+    """Accuracy in % below which no place is spent: as far below the named as these are apart."""
+    return max(0.0, min(named) - max(5.0, max(named) - min(named)))
 
 
 def _bars(axes: Axes, row: Row, place: int) -> None:

@@ -126,12 +126,24 @@ def test_lines_can_be_chosen():
 
 def test_what_none_beats_in_both_is_named_and_on_the_front():
     axes = cost_figure(ROWS, title="", learned=()).axes[0]
-    assert {text.get_text() for text in axes.texts} == {
-        *("soft-vote ensemble", "gnn", "gnn, adapted"),
-    }
+    names = {text.get_text() for text in axes.texts} - {"30"}
+    assert names == {"soft-vote ensemble", "gnn", "gnn, adapted"}
     (front,) = [line for line in axes.lines if line.get_linestyle() == ":"]
     assert list(front.get_ydata()) == pytest.approx([65, 90, 92, 94])
     assert list(front.get_xdata()) == pytest.approx([1e-4, 0.3, 2, 3])
+
+
+def test_what_is_far_below_the_named_is_told_at_the_edge():
+    """The named are 29 points apart, so the edge is 29 below the lowest of them, at 36."""
+    figure = cost_figure(ROWS, title="", learned=())
+    axes = figure.axes[0]
+    (low,) = [line for line in axes.lines if line.get_marker() == "v"]
+    assert (list(low.get_xdata()), list(low.get_ydata())) == ([0.01], [pytest.approx(36)])
+    assert "30" in {text.get_text() for text in axes.texts}
+    told = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert "below the edge" in told
+    near = [one for one in ROWS if one["method"] != "average"]
+    assert "v" not in {line.get_marker() for line in cost_figure(near, title="").axes[0].lines}
 
 
 def test_pictures_of_a_comparison_are_drawn_and_saved(tmp_path):
