@@ -81,6 +81,7 @@ class CompareOptions:
     unlabelled: tuple[int, ...] = (500,)  # unlabelled images at merge time; 0: none
     labelled: tuple[int, ...] = (200,)  # labelled images at merge time, stratified; 0: none
     full: bool = True  # compare with all objective images at merge time as well
+    adapt: bool = True  # adapt mergers to labelled images as well, the longest work of a comparison
     controls: bool = True  # train controls as well; those without training are always there
     seeds: tuple[int, ...] = (0,)  # seeds; whatever is random is repeated with each
     reference: str = ""  # row that others are held against, or best; the first merger if not given
@@ -217,7 +218,9 @@ def _competitors(
     images = [drawn_images(bench, kind, own, full=options.full) for kind, own in counts.items()]
     rows: list[Competitor] = []
     for contestant in contestants:
-        rows += merger_rows(bench, contestant, *images, tuned=options.controls)
+        rows += merger_rows(
+            bench, contestant, *images, adapted=options.adapt, tuned=options.controls
+        )
     learned = [contestant.kind for contestant in contestants]
     rows += plain_rows(bench, options.methods, *images, learned=learned)
     rows += voting_rows(bench)

@@ -87,6 +87,7 @@ def merger_rows(
     unlabelled: Sequence[Images],
     labelled: Sequence[Images],
     *,
+    adapted: bool,
     tuned: bool,
 ) -> Iterator[Competitor]:
     """A merger with nothing but weights, with unlabelled and with labelled images.
@@ -96,6 +97,7 @@ def merger_rows(
         contestant: The merger.
         unlabelled: Budgets of inputs.
         labelled: Budgets of inputs and labels.
+        adapted: Whether to adapt it to labelled images.
         tuned: Whether to train its networks further on labelled images.
 
     Yields:
@@ -114,7 +116,7 @@ def merger_rows(
         yield row(f"{name}, no residual, no prior", "none", merger=bare)
     for images in unlabelled:
         yield row(f"{name}, calibrated", images.data, images.given)
-    for images in labelled:
+    for images in labelled if adapted else ():
         yield row(f"{name}, adapted", images.data, images.given)
     for images in labelled if tuned else ():
         label = f"{name}, then fine-tuned"

@@ -41,7 +41,7 @@ def all_rows(case: Case, contestants: Sequence[Contestant]) -> Iterator[Competit
     unlabelled = Images(data, budget, bench.given(budget, labelled=False))
     yield from mutant_rows(case)
     for contestant in contestants:
-        yield from merger_rows(bench, contestant, [unlabelled], [images], tuned=True)
+        yield from merger_rows(bench, contestant, [unlabelled], [images], adapted=True, tuned=True)
     yield from plain_rows(bench, (), [unlabelled], [images])
     yield from voting_rows(bench)
     yield from control_rows(bench, [unlabelled], [images])

@@ -221,6 +221,7 @@ CNN_MERGER = {
     "images": 192,
     "eval_every": 30,
 }
+RESNET_MERGER = {**CNN_MERGER, "garbage": 0.25, "noise": 0.0}
 ON_DIGITS = {"target": 1.0, "steps": 100}
 UNIVERSAL = Training(  # the merger that comes with the package
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
@@ -342,7 +343,7 @@ MERGERS = (
             target=f"{network}: above matching + repair at every K, within 2 points of the best "
             "member at K=2",
             mergers=(Training((zoo,), options),),
-            compare={"full": False},
+            compare=told,
             goals=(
                 *(
                     Goal("average, aligned + repair", members=members, over_data="unlabelled")
@@ -351,9 +352,15 @@ MERGERS = (
                 Goal("best member", -0.02, members=2, over_data="labelled"),
             ),
         )
-        for zoos, suffix, network, options in (
-            (RESNETS, "", "ResNet-20 on a GPU", {**CNN_MERGER, "probes": 256, "steps": 300}),
-            (SLIM_RESNETS, "-slim", "ResNet-8 on a CPU", {**CNN_MERGER, "steps": 150}),
+        for zoos, suffix, network, options, told in (
+            (
+                *(RESNETS, "", "ResNet-20 on a GPU"),
+                *({**RESNET_MERGER, "probes": 256, "steps": 300}, {"full": False}),
+            ),
+            (
+                *(SLIM_RESNETS, "-slim", "ResNet-8 on a CPU"),
+                *({**RESNET_MERGER, "steps": 120}, {"full": False, "adapt": False}),
+            ),
         )
         for zoo in zoos
     ),

@@ -565,3 +565,11 @@ def test_the_command_ends_with_a_message_and_no_traceback(work, monkeypatch, cap
         main()
     assert caught.value.code == 2
     assert "Did you mean --merger?" in capsys.readouterr().err
+
+
+def test_labelled_images_choose_a_member_where_nothing_is_adapted(work, result):
+    told = {"merger": result.options.merger, "labelled": (20,), "members": SIZES[:1]}
+    rows = {(one.method, one.data) for one in quick(**told, adapt=False).scored}
+    assert ("best member", "labelled:20") in rows
+    assert "gnn, adapted" not in {method for method, _ in rows}
+    assert rows < {(one.method, one.data) for one in quick(**told).scored}
