@@ -19,8 +19,8 @@ from trainers.validating import Goal, judged, score
 
 FILL = 4096  # inputs that mixtures of probes fill up to
 REFINING = (  # steps, and inputs with mixtures, that validation families choose from
-    *((0, 0), (25, 0), (50, 0), (100, 0)),
-    *((100, FILL), (200, FILL)),
+    *((0, 0), (25, 0), (50, 0), (100, 0), (200, 0)),
+    *((200, FILL), (400, FILL)),
 )
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
 GATED = 12  # families per size that gates are run on

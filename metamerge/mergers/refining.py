@@ -17,7 +17,8 @@ from metamerge.mergers.ordering import in_canonical_order
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
-BATCH = 256  # inputs per step
+BATCH = 64  # inputs per step
+TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
 AGREED = 1e-6  # divergence below which there is nothing to refine
@@ -91,14 +92,15 @@ def refine(
     if fill > len(inputs) and any(layer.reads_inputs for layer in layout.layers):  # not tokens
         inputs = torch.cat([inputs, mixtures(inputs, fill - len(inputs), chosen)])
     with torch.no_grad():
-        wanted = consensus(trust.detach(), answers_of(members, layout, inputs)).softmax(-1)
-        apart = divergence(predict(fused, layout, inputs), wanted)
+        agreed = consensus(trust.detach(), answers_of(members, layout, inputs))
+        apart = divergence(predict(fused, layout, inputs), agreed.softmax(-1))
+        wanted = (agreed / TEMPERATURE).softmax(-1)
     rates = lr * (apart > AGREED)
 
     def loss(weights: Weights) -> Tensor:
         rows = torch.randperm(len(inputs), generator=chosen)[:BATCH].to(inputs.device)
         logits = run(layout.program, weights, [inputs[rows]], stacked=True)
-        return divergence(logits, wanted[:, rows])
+        return divergence(logits / TEMPERATURE, wanted[:, rows])
 
     return descend(fused, layout, loss, steps=steps, lr=rates)
 
