@@ -12,7 +12,8 @@ from torch import Tensor
 from evaluation.gates import Gate, collapse_gates
 from evaluation.tracking import Run
 from metamerge.errors import MetaMergeError
-from metamerge.mergers import Merger, fuse, save_merger
+from metamerge.mergers import Merger, fuse, refine, save_merger
+from metamerge.mergers.ordering import in_canonical_order
 from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
@@ -23,6 +24,7 @@ REFINING = (  # steps, and inputs with mixtures, that validation families choose
     *((200, FILL), (400, FILL)),
 )
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
+WORTH = 2e-3  # accuracy that mixtures have to add, whose steps take ten times as long as a merge
 GATED = 12  # families per size that gates are run on
 
 
@@ -96,6 +98,7 @@ def finish(
     console.print(f"[bold]gates[/] all {sum(map(len, gates.values()))} passed")
 
 
+@torch.no_grad()
 def try_refining(
     merger: Merger, groups: Sequence[Families], goal: Goal
 ) -> dict[tuple[int, int], Tensor]:
@@ -110,25 +113,26 @@ def try_refining(
         Steps, and inputs that mixtures fill up to -> accuracy of every family, ``[f]``, in float64.
     """
     found: dict[tuple[int, int], list[Tensor]] = {choice: [] for choice in REFINING}
-    trained = merger.config
     for group in groups:
         wanted, _ = judged(group, goal)
         for rows in torch.arange(len(group)).split(goal.at_once):
-            members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
+            own = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
+            members, _ = in_canonical_order(own, group.layout)
+            watched = merger.probes.for_members(members, group.layout)
+            fused, trust = merger(members, group.layout, watched)
+            given = (members, group.layout, watched, trust)
             for (steps, fill), scores in found.items():
-                merger.config = replace(trained, mixtures=fill)
-                fused = fuse(merger, members, group.layout, steps=steps)
-                scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
-    merger.config = trained
+                refined = refine(fused, *given, steps=steps, fill=fill) if steps else fused
+                scores.append(score(refined, group, wanted[rows.to(wanted.device)]))
     return {choice: torch.cat(scores).double().cpu() for choice, scores in found.items()}
 
 
 def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
-    """Choose how to refine: in few steps, and on mixtures where these are surely better.
+    """Choose how to refine: in few steps, on mixtures where these are clearly better.
 
-    They take several times as long, so their gain has to exceed its standard error over families
-    (the one-SE rule of Breiman, Friedman, Olshen, Stone, "Classification and Regression Trees",
-    1984).
+    They take several times as long, so their gain has to be worth that, and to exceed its standard
+    error over families (the one-SE rule of Breiman, Friedman, Olshen, Stone, "Classification and
+    Regression Trees", 1984).
 
     Args:
         refined: What ``try_refining`` found.
@@ -138,7 +142,7 @@ def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
     """
     plain, mixed = (_fewest(refined, fill) for fill in (0, FILL))
     gain = refined[mixed] - refined[plain]  # [f], paired
-    if len(gain) > 1 and gain.mean() > gain.std() / len(gain) ** 0.5:
+    if len(gain) > 1 and gain.mean() > max(WORTH, gain.std() / len(gain) ** 0.5):
         return mixed
     return plain
 

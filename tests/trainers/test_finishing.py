@@ -23,6 +23,13 @@ def test_the_least_refining_is_chosen_that_is_as_good_by_hand(scores, expected):
     assert chosen(found) == expected
 
 
+@pytest.mark.parametrize(("gain", "expected"), [(0.0019, (0, 0)), (0.0021, (200, FILL))])
+def test_mixtures_have_to_be_worth_their_time(gain, expected):
+    """Every family gains as much, so the error is 0."""
+    found = {c: torch.full((3,), 0.5 + gain * bool(c[1])).double() for c in REFINING}
+    assert chosen(found) == expected
+
+
 def test_one_family_alone_is_no_reason_for_mixtures():
     found = {choice: torch.tensor([0.5 + 0.4 * bool(choice[1])]) for choice in REFINING}
     assert chosen(found) == (0, 0)
