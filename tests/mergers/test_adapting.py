@@ -8,7 +8,8 @@ from metamerge.alignment import weight_matching
 from metamerge.calibration import predict
 from metamerge.errors import ConfigError
 from metamerge.mergers import adapt, adapting, fuse
-from metamerge.mergers.adapting import FOLDS, RATES
+from metamerge.mergers.adapting import FOLDS, RATES, Setting
+from metamerge.mergers.ordering import in_canonical_order
 
 
 def seeded(seed=0):
@@ -78,25 +79,26 @@ def test_no_input_is_learned_from_and_judged_on(family, trained_merger, monkeypa
     members, layout, inputs, labels = family
     calls, report = record(monkeypatch), {}
     adapt(trained_merger, members, layout, inputs, labels, generator=seeded(3), report=report)
-    (seen, _, trained), (everything, chosen, _) = calls
+    seen, _, trained = calls[0]
     # Every fold of every setting leaves out a quarter, and each input is left out once.
     assert seen.shape == (2 * len(RATES) * FOLDS, 60)
     assert ((~seen).sum(1) == 60 // FOLDS).all()
     assert ((~seen).unflatten(0, (-1, FOLDS)).sum(1) == 1).all()
-    assert everything.all()
-    # The accuracies that are told are those on what was left out.
-    right = predict(trained, layout, inputs).argmax(-1) == labels
-    told = [
-        round(float(r[~s].float().mean()), 4)
-        for r, s in zip(
-            right.unflatten(0, (-1, FOLDS)), seen.unflatten(0, (-1, FOLDS)), strict=True
-        )
-    ]
-    assert list(report["accuracies"].values()) == pytest.approx(told, abs=1e-4)
+    # Losses and accuracies that are told are those on what was left out.
+    logits = predict(trained, layout, inputs)
+    right = (logits.argmax(-1) == labels).float()
+    losses = -logits.log_softmax(-1)[:, torch.arange(60), labels]
+    settings = [f"{s}, lr {lr:g}" for s in ("weights only", "calibrated") for lr in RATES]
+    for name, values in (("accuracies", right), ("losses", losses)):
+        folds = zip(values.unflatten(0, (-1, FOLDS)), seen.unflatten(0, (-1, FOLDS)), strict=True)
+        told = [float(own[~some].mean()) for own, some in folds]
+        assert [report[name][setting] for setting in settings] == pytest.approx(told, abs=1e-4)
     assert report["chosen_on"] == "4-fold cross-validation on the 60 labelled inputs"
-    best = f"{report['start']}, lr {report['lr']:g}"
-    assert report["accuracies"][best] == max(report["accuracies"].values())
-    assert chosen.tolist() == pytest.approx([report["lr"]])
+    chosen = Setting(report["start"], report["lr"], report["way"])
+    assert report["losses"][str(chosen)] == min(report["losses"].values())
+    for everything, rates, _ in calls[1:]:
+        assert everything.all()
+        assert rates.tolist() == pytest.approx([report["lr"]])
 
 
 def test_what_a_fold_leaves_out_has_no_say_in_its_weights(family, trained_merger):
@@ -150,7 +152,7 @@ def test_the_start_is_kept_where_every_rate_makes_it_worse(family, trained_merge
     members, layout, inputs, _ = family
     # What the fused network says itself: it is right everywhere, and harmful rates cannot be.
     labels = predict(fuse(trained_merger, members, layout), layout, inputs)[0].argmax(-1)
-    monkeypatch.setattr(adapting, "RATES", (0.0, 3.0, 10.0))
+    monkeypatch.setattr(adapting, "RATES", (3.0, 10.0))
     report = {}
     found = adapt(trained_merger, members, layout, inputs, labels, report=report)
     assert (report["start"], report["lr"]) == ("weights only", 0.0)
@@ -163,14 +165,34 @@ def test_what_is_told_are_accuracies_of_every_start_and_rate(family, trained_mer
     members, layout, inputs, labels = family
     report = {}
     adapt(trained_merger, members, layout, inputs, labels, report=report)
-    assert list(report["accuracies"]) == [
-        f"{start}, lr {lr:g}" for start in ("weights only", "calibrated") for lr in RATES
+    told = [
+        *("weights only, lr 0", "calibrated, lr 0"),
+        *("weights only, lr 0.001, 50% of the way", "weights only, lr 0.003, 50% of the way"),
+        *("calibrated, lr 0.001, 50% of the way", "calibrated, lr 0.003, 50% of the way"),
+        *("weights only, lr 0.001", "weights only, lr 0.003"),
+        *("calibrated, lr 0.001", "calibrated, lr 0.003"),
     ]
+    assert list(report["accuracies"]) == list(report["losses"]) == told
     fused = fuse(trained_merger, members, layout)
     right = predict(fused, layout, inputs)[0].argmax(-1) == labels
     # A rate of zero is the start itself, judged once on every input.
     found = report["accuracies"]["weights only, lr 0"]
     assert found == pytest.approx(float(right.float().mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize(("way", "moved"), [(0.5, 0.5), (1.0, 1.0)])
+def test_half_way_is_the_middle_of_start_and_end(family, trained_merger, monkeypatch, way, moved):
+    """Labels that the start does not know, so that it is surely left."""
+    members, layout, inputs, labels = family
+    monkeypatch.setattr(adapting, "WAYS", (way,))
+    calls, report = record(monkeypatch), {}
+    found = adapt(trained_merger, members, layout, inputs, (labels + 1) % 10, report=report)
+    assert report["way"] == way
+    canonical, perm = in_canonical_order(members, layout)
+    starts, *_ = adapting._starts(trained_merger, canonical, layout, inputs)
+    start, end = starts[report["start"]], calls[-1][2]
+    expected = {key: (1 - moved) * t + moved * end[key] for key, t in start.items()}
+    assert furthest(found, layout.spec.unpermute(expected, perm)) < 1e-6
 
 
 def test_probes_hold_the_network_near_the_consensus(family, trained_merger):
