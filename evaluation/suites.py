@@ -347,8 +347,8 @@ MERGERS = (
             name=f"cifar-{zoo.norm}{suffix}",
             target=f"{network}: above matching + repair at every K, within 2 points of the best "
             "member at K=2",
-            mergers=(Training((zoo,), options),),
-            compare=told,
+            mergers=(Training((zoo,), {**RESNET_MERGER, **options}),),
+            compare={"full": False, **budget},
             goals=(
                 *(
                     Goal("average, aligned + repair", members=members, over_data="unlabelled")
@@ -357,15 +357,9 @@ MERGERS = (
                 Goal("best member", -0.02, members=2, over_data="labelled"),
             ),
         )
-        for zoos, suffix, network, options, told in (
-            (
-                *(RESNETS, "", "ResNet-20 on a GPU"),
-                *({**RESNET_MERGER, "probes": 256, "steps": 300}, {"full": False}),
-            ),
-            (
-                *(SLIM_RESNETS, "-slim", "ResNet-8 on a CPU"),
-                *({**RESNET_MERGER, "steps": 120}, {"full": False, "adapt": False}),
-            ),
+        for zoos, suffix, network, options, budget in (
+            (RESNETS, "", "ResNet-20 on a GPU", {"probes": 256, "steps": 300}, {}),
+            (SLIM_RESNETS, "-slim", "ResNet-8 on a CPU", {"steps": 120}, {"adapt": False}),
         )
         for zoo in zoos
     ),

@@ -13,7 +13,6 @@ from evaluation.gates import Gate, collapse_gates
 from evaluation.tracking import Run
 from metamerge.errors import MetaMergeError
 from metamerge.mergers import Merger, fuse, refine, save_merger
-from metamerge.mergers.ordering import in_canonical_order
 from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
@@ -116,8 +115,7 @@ def try_refining(
     for group in groups:
         wanted, _ = judged(group, goal)
         for rows in torch.arange(len(group)).split(goal.at_once):
-            own = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            members, _ = in_canonical_order(own, group.layout)
+            members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
             watched = merger.probes.for_members(members, group.layout)
             fused, trust = merger(members, group.layout, watched)
             given = (members, group.layout, watched, trust)

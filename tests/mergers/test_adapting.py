@@ -63,12 +63,12 @@ def test_fewer_inputs_than_folds_are_a_fold_each():
 
 
 def record(monkeypatch):
-    """What each call of ``_tune`` was given and gave back."""
+    """What each call of ``_tune`` may see, its rates, what it gave back, and where it began."""
     tune, calls = adapting._tune, []
 
     def recorded(weights, layout, labelled, anchor, seen, rates, generator):
         found = tune(weights, layout, labelled, anchor, seen, rates, generator)
-        calls.append((seen, rates, found))
+        calls.append((seen, rates, found, weights))
         return found
 
     monkeypatch.setattr(adapting, "_tune", recorded)
@@ -79,26 +79,29 @@ def test_no_input_is_learned_from_and_judged_on(family, trained_merger, monkeypa
     members, layout, inputs, labels = family
     calls, report = record(monkeypatch), {}
     adapt(trained_merger, members, layout, inputs, labels, generator=seeded(3), report=report)
-    seen, _, trained = calls[0]
+    seen, _, trained, first = calls[0]
     # Every fold of every setting leaves out a quarter, and each input is left out once.
     assert seen.shape == (2 * len(RATES) * FOLDS, 60)
     assert ((~seen).sum(1) == 60 // FOLDS).all()
     assert ((~seen).unflatten(0, (-1, FOLDS)).sum(1) == 1).all()
-    # Losses and accuracies that are told are those on what was left out.
-    logits = predict(trained, layout, inputs)
-    right = (logits.argmax(-1) == labels).float()
-    losses = -logits.log_softmax(-1)[:, torch.arange(60), labels]
-    settings = [f"{s}, lr {lr:g}" for s in ("weights only", "calibrated") for lr in RATES]
-    for name, values in (("accuracies", right), ("losses", losses)):
-        folds = zip(values.unflatten(0, (-1, FOLDS)), seen.unflatten(0, (-1, FOLDS)), strict=True)
-        told = [float(own[~some].mean()) for own, some in folds]
-        assert [report[name][setting] for setting in settings] == pytest.approx(told, abs=1e-4)
+    # Losses and accuracies that are told are those on what was left out, of starts, ends, middles.
+    half = {key: (first[key] + tensor) / 2 for key, tensor in trained.items()}
+    settings = [(s, lr) for s in ("weights only", "calibrated") for lr in RATES]
+    for way, networks in ((0.0, first), (0.5, half), (1.0, trained)):
+        logits = predict(networks, layout, inputs)
+        right = (logits.argmax(-1) == labels).float()
+        losses = -logits.log_softmax(-1)[:, torch.arange(60), labels]
+        names = [str(Setting(start, lr if way else 0.0, way)) for start, lr in settings]
+        for kind, values in (("accuracies", right), ("losses", losses)):
+            parts = values.unflatten(0, (-1, FOLDS)), seen.unflatten(0, (-1, FOLDS))
+            told = [float(own[~some].mean()) for own, some in zip(*parts, strict=True)]
+            assert [report[kind][name] for name in names] == pytest.approx(told, abs=1e-4)
     assert report["chosen_on"] == "4-fold cross-validation on the 60 labelled inputs"
     chosen = Setting(report["start"], report["lr"], report["way"])
     assert report["losses"][str(chosen)] == min(report["losses"].values())
-    for everything, rates, _ in calls[1:]:
-        assert everything.all()
-        assert rates.tolist() == pytest.approx([report["lr"]])
+    ((everything, rates, *_),) = calls[1:]  # of these labels something is to be learned
+    assert everything.all()
+    assert rates.tolist() == pytest.approx([report["lr"]])
 
 
 def test_what_a_fold_leaves_out_has_no_say_in_its_weights(family, trained_merger):
