@@ -21,7 +21,8 @@ CONFIG = ("--config_file", str(ROOT / "accelerate_config.yaml"))
 
 @pytest.fixture(scope="module")
 def start(request):
-    """``accelerate launch`` of the module's SCRIPT, in a folder, as a process group of its own."""
+    """The module's SCRIPT in a folder, as a process group of its own: by ``accelerate launch``, or
+    without it, which starts sooner, where ``launcher`` is None."""
 
     def start(folder, *arguments, launcher=CONFIG, **settings):
         environment = os.environ | {
@@ -31,9 +32,11 @@ def start(request):
         }
         for name in ("OMP_NUM_THREADS", "WORLD_SIZE", "ACCELERATE_USE_CPU"):
             environment.pop(name, None)
-        accelerate = Path(sys.executable).with_name("accelerate")
+        program = [sys.executable]
+        if launcher is not None:
+            program = [Path(sys.executable).with_name("accelerate"), "launch", *launcher]
         return subprocess.Popen(
-            [accelerate, "launch", *launcher, request.module.SCRIPT, *arguments],
+            [*program, request.module.SCRIPT, *arguments],
             cwd=folder,
             env=environment | settings,
             stdout=subprocess.PIPE,
@@ -61,8 +64,8 @@ def launch(start):
 def killed_when(start):
     """``start``, killed with all its processes as soon as something holds."""
 
-    def killed_when(holds, folder, *arguments):
-        process = start(folder, *arguments)
+    def killed_when(holds, folder, *arguments, **settings):
+        process = start(folder, *arguments, **settings)
         try:
             until = time.monotonic() + 200
             while not holds():

@@ -2,11 +2,6 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,27 +25,6 @@ SMALL = (
 CELLS = 4 * 2 + 2
 
 pytestmark = pytest.mark.xdist_group("clusters_script")
-
-
-def start(folder, *arguments):
-    """The script in a folder of its own, as a process group of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-        "COLUMNS": "200",
-        "OMP_NUM_THREADS": "1",
-    }
-    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU"):
-        environment.pop(name, None)
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def rows_of(folder):
@@ -77,21 +51,18 @@ def two_ranks(place, on_two_processes, command):
 
 
 @pytest.fixture(scope="module")
-def resumed(place):
+def resumed(place, killed_when):
     """The grid on one process that is killed half-way and started again."""
-    process = start(place, *SMALL, "--out", "one", "--no-tracking")
-    ledger = place / "one" / "rows-0.jsonl"
-    until = time.monotonic() + 200
-    while not ledger.exists() or ledger.read_text().count("\n") < 3:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    ledger, arguments = place / "one" / "rows-0.jsonl", [*SMALL, "--out", "one", "--no-tracking"]
+
+    def holds():
+        return ledger.exists() and ledger.read_text().count("\n") >= 3
+
+    killed_when(holds, place, *arguments, launcher=None, OMP_NUM_THREADS="1")
     left = ledger.read_text()
     assert not (place / "one" / "cells.csv").exists()
     ledger.write_text(left[:-20])  # a kill may cut a line short
-    options = parse(ClusterOptions, [*SMALL, "--out", "one", "--no-tracking"], prog="clusters")
+    options = parse(ClusterOptions, arguments, prog="clusters")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         train(options, Accelerator(cpu=True))

@@ -1,11 +1,7 @@
 """Mutants as users make them: a run, a kill, and two processes that go on."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,29 +77,17 @@ def test_a_run_leaves_a_table_a_picture_and_a_run_per_row(whole, place):
 
 
 def test_two_processes_go_on_where_a_kill_left_off_with_the_same_result(
-    whole, zoo, place, on_two_processes, monkeypatch
+    whole, zoo, place, killed_when, on_two_processes, monkeypatch
 ):
     arguments = ("--zoo", str(zoo.folder), "--out", str(place / "killed"), *SMALL, "--no-tracking")
     arguments = (*arguments, "--rows", "mutant", "joined")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    environment.pop("WORLD_SIZE", None)
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
-        start_new_session=True,
-        cwd=place,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    ledger, until = place / "killed" / "families" / "0.jsonl", time.monotonic() + 120
-    try:
-        while not ledger.exists() or len(ledger.read_text().splitlines()) < 4:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < until
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    ledger = place / "killed" / "families" / "0.jsonl"
+
+    def holds():
+        return ledger.exists() and len(ledger.read_text().splitlines()) >= 4
+
+    alone = {"launcher": None, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    killed_when(holds, place, *arguments, **alone)
     kept = ledger.read_text()
     assert not (place / "killed" / "leaderboard.json").exists()
     said = on_two_processes(lambda: command(monkeypatch, *arguments))
