@@ -224,7 +224,7 @@ CNN_MERGER = {
     "images": 192,
     "eval_every": 30,
 }
-RESNET_MERGER = {**CNN_MERGER, "garbage": 0.5, "noise": 0.0}  # with less, a poisoned pair fails
+RESNET_MERGER = {**CNN_MERGER, "garbage": 0.5, "noise": 0.0}  # with .25 poisoned pairs failed
 ON_DIGITS = {"target": 1.0, "steps": 100}
 UNIVERSAL = Training(  # the merger that comes with the package
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
