@@ -168,11 +168,11 @@ def compare(
         lines = ranked(found.scored, reference)
         meta = {**about, **_told(options, found, contestants, about["task"], reference)}
         if main:
-            write_leaderboard(out, [line.record() for line in lines], meta)  # before it is drawn
+            rows = [line.record() for line in lines]
+            write_leaderboard(out, rows, meta)  # before it is drawn
             print_leaderboard(console, lines, meta)
             drawn = {"seed": options.seeds[0], "title": meta["task"]["name"]}
-            scored = [line.scored for line in lines]
-            figures = figures_of(scored, judged, contestants, family=options.pictures, **drawn)
+            figures = figures_of(rows, judged, contestants, family=options.pictures, **drawn)
             files = _write(out, lines, meta, figures)
             _track(tracked, lines, contestants, files)
             keep_networks(tracked, judged, contestants, options.seeds[0])

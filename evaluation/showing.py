@@ -1,6 +1,7 @@
 """The pictures of a comparison: which there are, of which families, and what stands below them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -9,7 +10,6 @@ from evaluation.contestants import Contestant
 from evaluation.judged import Judged
 from evaluation.methods.entries import AVERAGE, USUAL, Entry
 from evaluation.pictures import comparison_figures, family_figures, training_figure
-from evaluation.scored import Scored
 
 MOST = 10  # members of a family that is drawn, where there are families of so many
 
@@ -36,7 +36,7 @@ CAPTIONS: Mapping[str, str] = {
 
 
 def figures_of(
-    scored: Sequence[Scored],
+    rows: Sequence[Mapping[str, Any]],
     judged: Sequence[Judged],
     contestants: Sequence[Contestant],
     *,
@@ -47,7 +47,7 @@ def figures_of(
     """Draw a comparison.
 
     Args:
-        scored: Its rows.
+        rows: Rows of its ``leaderboard.json``.
         judged: Its families, one entry per number of members.
         contestants: The mergers.
         seed: Seed of merges.
@@ -57,7 +57,7 @@ def figures_of(
     Returns:
         Name of a file -> figure, in the order in which they are shown.
     """
-    figures = comparison_figures([one.row() for one in scored], title=title)
+    figures = comparison_figures(rows, title=title)
     for contestant in contestants:
         history = contestant.card.get("history")
         if history:

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from evaluation.compare import CompareOptions, compare, main
 from evaluation.metrics import accuracy, family_logits
+from evaluation.pictures import comparison_figures
 from metamerge import merge
 from metamerge.checkpoints import save_checkpoint
 from metamerge.errors import ConfigError, Unreadable, ZooError
@@ -138,11 +140,14 @@ def result(place, zoo, merger):
     console = Console(width=160, record=True, quiet=False, file=(place / "table.txt").open("w"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
+        draw = Mock(wraps=comparison_figures)
+        patch.setattr("evaluation.showing.comparison_figures", draw)
         found = compare(options, console)
     out = place / "out"
     return SimpleNamespace(
         scored=found.scored,
         rows=[one.row() for one in found.scored],
+        drawn=draw.call_args.args[0],
         uri=uri,
         out=out,
         options=options,
@@ -297,6 +302,11 @@ def test_every_row_is_held_against_the_merger_on_the_same_families(result):
         assert row["difference"] - 1e-6 <= row["high"]
         reference = (row["method"], row["data"]) == ("gnn", "none")
         assert (row["p"] is None) == reference
+
+
+def test_pictures_show_the_rows_of_the_leaderboard_and_know_their_reference(result):
+    assert result.drawn == result.written
+    assert {row["against"] for row in result.drawn} <= {row["method"] for row in result.drawn}
 
 
 def test_nothing_but_the_leaderboard_its_rows_pages_and_pictures_is_written(result):
