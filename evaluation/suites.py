@@ -219,12 +219,13 @@ MLP_MERGER = Training(
 CNN_MERGER = {
     "target": 1.0,
     "garbage": 0.1,
-    "probes": 128,
+    "probes": 512,
     "families": 6,
     "images": 192,
     "eval_every": 30,
+    "noise": 0.0,
 }
-RESNET_MERGER = {**CNN_MERGER, "garbage": 0.5, "noise": 0.0}  # with .25 poisoned pairs failed
+RESNET_MERGER = {**CNN_MERGER, "probes": 128, "garbage": 0.5}  # with .25 poisoned pairs failed
 ON_DIGITS = {"target": 1.0, "steps": 100}
 UNIVERSAL = Training(  # the merger that comes with the package
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
@@ -286,9 +287,7 @@ MERGERS = (
         name="fashion-cnn",
         target="weights only: above the best member (84.2); 500 unlabelled: within 1 point of the "
         "ensemble (85.7)",
-        mergers=(
-            Training((FASHION_CNN,), {**CNN_MERGER, "probes": 512, "noise": 0.0, "steps": 100}),
-        ),
+        mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 100}),),
         compare={"full": False, "adapt": False},  # on a CPU these take too long
         goals=(
             Goal("best member", members=8, over_data="labelled"),
