@@ -227,10 +227,13 @@ CNN_MERGER = {
 }
 RESNET_MERGER = {**CNN_MERGER, "probes": 128, "garbage": 0.5}  # with .25 poisoned pairs failed
 ON_DIGITS = {"target": 1.0, "steps": 100}
-UNIVERSAL = Training(  # the merger that comes with the package
+UNIVERSAL = Training(  # the merger that comes with the package: residual and prior know their task
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
     {
-        **SMOOTH,
+        "rank": 0,
+        "prior": 0,
+        "target": 1.0,
+        "garbage": 0.5,
         "families": 10,
         "steps": 448,
         "images": 256,
