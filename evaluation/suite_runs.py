@@ -127,7 +127,7 @@ def run_row(
     folders = [str(trained(one, out / "mergers", console, options, state)) for one in row.mergers]
     common = replace(options, merger=tuple(folders), third_party=(), **row.compare)
     places, natives = [], []
-    for judged in row.judge or row.mergers[0].zoos:
+    for judged in row.judge or (() if row.third_party else row.mergers[0].zoos):
         zoo = build_with_progress(judged, console, state)
         if row.native is not None:
             own = Training((judged,), row.native)

@@ -34,8 +34,9 @@ class Row:
         name: What ``--only`` calls it.
         target: What is to be reached, in words.
         mergers: Mergers that are compared.
-        judge: Zoos whose test families they are judged on; by default those of the first merger.
-        third_party: Whether they are judged on the two networks of ``--third-party`` as well.
+        judge: Zoos whose test families they are judged on; by default those of the first merger,
+            or none where they are judged on third-party networks.
+        third_party: Whether they are judged on the two networks of ``--third-party``.
         compare: Options of the comparison, by name.
         native: Options of a merger that is trained on every judged zoo itself, for goals over
             NATIVE; zoos are judged one by one then. None for no such merger.
