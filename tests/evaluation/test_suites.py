@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,9 +85,9 @@ def suite(monkeypatch):
     return rows
 
 
-def run(**options):
+def run(compare=comparison, **options):
     given = CompareOptions(**{"suite": "small", "tracking": False, **options})
-    return run_suite(given, Console(quiet=True), comparison, PartialState(cpu=True))
+    return run_suite(given, Console(quiet=True), compare, PartialState(cpu=True))
 
 
 # ---------------------------------------------------------------------------- the rows that exist
@@ -213,6 +214,15 @@ def test_a_row_on_third_party_files_wants_them(work, suite, trainings, monkeypat
     monkeypatch.setitem(SUITES, "small", (row,))
     with pytest.raises(ConfigError, match="pair: give the two files with --third-party"):
         run()
+
+
+def test_a_row_on_third_party_files_is_judged_on_them_alone(work, suite, trainings, monkeypatch):
+    row = Row("pair", "", (Training((SMALL,)),), third_party=True, goals=(Goal(0.9),))
+    monkeypatch.setitem(SUITES, "small", (row,))
+    judge = Mock(side_effect=comparison)
+    run(judge, third_party=("a.dat", "b.dat"))
+    ((options, *_),) = (call.args for call in judge.call_args_list)
+    assert (options.third_party, options.zoo) == (("a.dat", "b.dat"), None)
 
 
 def test_a_training_that_leaves_no_merger_ends_the_suite(work, suite, monkeypatch):
