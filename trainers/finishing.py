@@ -13,6 +13,8 @@ from evaluation.gates import Gate, collapse_gates
 from evaluation.tracking import Run
 from metamerge.errors import MetaMergeError
 from metamerge.mergers import Merger, fuse, refine, save_merger
+from metamerge.mergers.gate import answers_of
+from metamerge.mergers.inversion import told_apart
 from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
@@ -24,6 +26,7 @@ REFINING = (  # steps, and inputs with mixtures, that validation families choose
 )
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
 WORTH = 2e-3  # accuracy that mixtures have to add, whose steps take ten times as long as a merge
+STRANGE = 0.85  # of what its validation families tell apart is too little for a merger's probes
 GATED = 12  # families per size that gates are run on
 
 
@@ -55,7 +58,8 @@ def finish(
     refined = try_refining(merger, data.validation, goal)
     steps, fill = chosen(refined)
     accuracy = float(refined[steps, fill].mean())
-    merger.config = replace(merger.config, refine=steps, mixtures=fill)
+    least = familiarity(merger, data.validation)
+    merger.config = replace(merger.config, refine=steps, mixtures=fill, familiar=least)
     gates = {group.name: gates_of(merger, group) for group in data.validation}
     card = {
         "options": dict(record),
@@ -68,6 +72,7 @@ def finish(
             {"steps": some, "mixtures": filled, "accuracy": float(each.mean())}
             for (some, filled), each in refined.items()
         ],
+        "familiar": least,
         "step": best.step,
         "stopped_at_target": best.stopped,
         "seconds": round(best.seconds, 1),
@@ -148,6 +153,30 @@ def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
 def _fewest(refined: Mapping[tuple[int, int], Tensor], fill: int) -> tuple[int, int]:
     means = {choice: float(t.mean()) for choice, t in refined.items() if choice[1] == fill}
     return min(choice for choice, mean in means.items() if mean >= max(means.values()) - ENOUGH)
+
+
+@torch.no_grad()
+def familiarity(merger: Merger, groups: Sequence[Families]) -> float:
+    """What members have to tell apart among the merger's probes for these not to be strange.
+
+    Args:
+        merger: The merger.
+        groups: Validation families, which its probes are for.
+
+    Returns:
+        Somewhat less than the family of them that tells least apart; 0 if it tells nothing apart.
+    """
+    least = min(
+        float(told_apart(answers_of(group.weights, group.layout, _probes(merger, group))).min())
+        for group in groups
+    )
+    return max(0.0, STRANGE * least)
+
+
+def _probes(merger: Merger, group: Families) -> Tensor:
+    """The merger's probes for the networks of a group."""
+    first = {key: tensor[:1] for key, tensor in group.weights.items()}
+    return merger.probes.for_members(first, group.layout)
 
 
 def gates_of(merger: Merger, group: Families) -> list[Gate]:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metamerge.calibration import check_fit, check_logits, divergence, predict
-from metamerge.mergers.gate import consensus
+from metamerge.mergers.gate import answers_of, consensus
+from metamerge.mergers.inversion import watched_inputs
 from metamerge.mergers.ordering import in_canonical_order
-from metamerge.mergers.refining import answers_of, descend, refine
+from metamerge.mergers.refining import descend, refine
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
@@ -140,7 +141,7 @@ def _starts(
 ) -> tuple[dict[str, Weights], Tensor, Tensor]:
     """Networks to start from, the inputs that hold them, and whom to trust there."""
     steps, fill = merger.config.refine, merger.config.mixtures
-    probes = merger.probes.for_members(members, layout)
+    probes = watched_inputs(merger, members, layout)[0].inputs
     starts = {}
     for name, watched in (("weights only", probes), ("calibrated", inputs)):
         fused, trust = merger(members, layout, watched)

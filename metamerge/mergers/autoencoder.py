@@ -41,6 +41,8 @@ class AutoencoderConfig:
             and there is no gate and no refit.
         refine: Steps of refining that proved best when the merger was trained.
         mixtures: Inputs that these steps learn from, filled up by mixtures of probes; 0: none.
+        familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
+            to be strange to them; 0: probes always do.
     """
 
     probes: int = 256
@@ -53,6 +55,7 @@ class AutoencoderConfig:
     skip: bool = True
     refine: int = 0
     mixtures: int = 0
+    familiar: float = 0.0
 
 
 class AutoencoderMerger(nn.Module):

@@ -19,7 +19,7 @@ Merger = GNNMerger | AutoencoderMerger
 """A merger of any kind."""
 
 KINDS = {"gnn": (GNNConfig, GNNMerger), "autoencoder": (AutoencoderConfig, AutoencoderMerger)}
-ADDED = {"mixtures": 0}  # options that mergers of earlier versions have nothing of
+ADDED = {"mixtures": 0, "familiar": 0.0}  # options that mergers of earlier versions have nothing of
 BUNDLED = Path(__file__).parent / "bundled"
 
 

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from metamerge.calibration import predict
 from metamerge.mergers.tokens import CLASS_FEATURES, class_tokens, log_probability
+from metamerge.structure import Layout
+from metamerge.weights import Weights
 
 TOLD = 5  # numbers that the gate reads off per member and class
 
@@ -85,3 +88,19 @@ def consensus(trust: Tensor, logits: Tensor) -> Tensor:
     told = shares(trust, logits) * ((logits - offset) * scale.exp() + gamma)
     # the offset changes no probability, but keeps copies of one network exact
     return told.sum(1) + offset.mean(1)
+
+
+def answers_of(members: Weights, layout: Layout, inputs: Tensor) -> Tensor:
+    """Ask all members of several families.
+
+    Args:
+        members: ``[f, m, ...]``.
+        layout: Their architecture.
+        inputs: ``[b, ...]``.
+
+    Returns:
+        Logits, ``[f, m, b, c]``.
+    """
+    families, count = next(iter(members.values())).shape[:2]
+    flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
+    return predict(flat, layout, inputs).unflatten(0, (families, count))

@@ -37,6 +37,8 @@ class GNNConfig:
         levels: Where mixing coefficients come from: ``unit``, ``layer``, ``model``.
         refine: Steps of refining that proved best when the merger was trained.
         mixtures: Inputs that these steps learn from, filled up by mixtures of probes; 0: none.
+        familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
+            to be strange to them; 0: probes always do.
     """
 
     probes: int = 256
@@ -49,6 +51,7 @@ class GNNConfig:
     levels: tuple[str, ...] = ("unit", "layer", "model")
     refine: int = 0
     mixtures: int = 0
+    familiar: float = 0.0
 
 
 class GNNMerger(nn.Module):

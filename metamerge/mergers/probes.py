@@ -47,6 +47,19 @@ class Probes(nn.Module):
         alike = [bank for bank in banks.values() if bank[0].numel() == shape[0]]
         return alike[0].flatten(1) if len(alike) == 1 else None
 
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape in which neighbours of an input's numbers are neighbours: that of its bank.
+
+        Args:
+            shape: Shape of one input.
+
+        Returns:
+            The bank's shape where networks take their inputs flat; else the shape itself.
+        """
+        alike = [bank.shape[1:] for bank in self.banks.values() if bank[0].numel() == shape[0]]
+        flat = len(shape) == 1 and name_of(shape) not in self.banks
+        return tuple(alike[0] if flat and len(alike) == 1 else shape)
+
     def for_members(self, members: Weights, layout: Layout) -> Tensor:
         """Find what members are to be watched on: learned probes, or imagined ones.
 

@@ -7,12 +7,14 @@ hundred probes are too few for more steps than that, so mixtures of them stand b
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metamerge.calibration import check_fit, divergence, predict
-from metamerge.mergers.gate import consensus
+from metamerge.mergers.gate import answers_of, consensus
+from metamerge.mergers.inversion import Watched, watched_inputs
 from metamerge.mergers.ordering import in_canonical_order
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
@@ -31,6 +33,7 @@ def fuse(
     inputs: Tensor | None = None,
     *,
     steps: int | None = None,
+    report: dict[str, Any] | None = None,
 ) -> Weights:
     """Merge aligned members, and refine what comes out.
 
@@ -40,6 +43,7 @@ def fuse(
         layout: Their architecture.
         inputs: Calibration inputs that take the place of the merger's probes, ``[b, ...]``.
         steps: Steps of refining; None for as many as proved best when the merger was trained.
+        report: Takes what members of the first family were ``watched_on``, if not on inputs.
 
     Returns:
         Fused weights, ``[f, ...]``.
@@ -47,16 +51,34 @@ def fuse(
     Raises:
         ConfigError: If the inputs are not those of this architecture.
     """
-    if inputs is not None:
-        check_fit(layout.program, inputs)
     members, perm = in_canonical_order(members, layout)
-    watched = merger.probes.for_members(members, layout) if inputs is None else inputs
-    fused, trust = merger(members, layout, watched)
-    steps = merger.config.refine if steps is None else steps
-    if steps:
-        watched, fill = watched.detach(), merger.config.mixtures
-        fused = refine(fused, members, layout, watched, trust, steps=steps, fill=fill)
+    if inputs is None:
+        watched = watched_inputs(merger, members, layout)
+        if report is not None:
+            report["watched_on"] = watched[0].told
+    else:
+        check_fit(layout.program, inputs)
+        watched = [Watched(torch.arange(len(next(iter(members.values())))), inputs)]
+    parts = []
+    for chosen, shown, _ in watched:
+        own = {key: tensor[chosen.to(tensor.device)] for key, tensor in members.items()}
+        parts.append(_fuse_on(merger, own, layout, shown, steps))
+    back = torch.cat([each.families for each in watched]).argsort()
+    joined = {key: torch.cat([part[key] for part in parts]) for key in members}
+    fused = {key: tensor[back.to(tensor.device)] for key, tensor in joined.items()}
     return layout.spec.unpermute(fused, perm)
+
+
+def _fuse_on(
+    merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor, steps: int | None
+) -> Weights:
+    """Merge and refine families that are watched on the same inputs."""
+    fused, trust = merger(members, layout, inputs)
+    steps = merger.config.refine if steps is None else steps
+    if not steps:
+        return fused
+    fill = merger.config.mixtures
+    return refine(fused, members, layout, inputs.detach(), trust, steps=steps, fill=fill)
 
 
 def refine(
@@ -123,22 +145,6 @@ def mixtures(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
     pairs = torch.randint(len(inputs), (2, count), generator=generator).to(inputs.device)
     share = torch.rand(count, generator=generator).mul(0.5).to(inputs)
     return inputs[pairs[0]].lerp(inputs[pairs[1]], share.reshape(-1, *[1] * (inputs.ndim - 1)))
-
-
-def answers_of(members: Weights, layout: Layout, inputs: Tensor) -> Tensor:
-    """Ask all members of several families.
-
-    Args:
-        members: ``[f, m, ...]``.
-        layout: Their architecture.
-        inputs: ``[b, ...]``.
-
-    Returns:
-        Logits, ``[f, m, b, c]``.
-    """
-    families, count = next(iter(members.values())).shape[:2]
-    flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
-    return predict(flat, layout, inputs).unflatten(0, (families, count))
 
 
 def descend(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metamerge.calibration import Batches, collect
+from metamerge.calibration import Batches, check_fit, collect
 from metamerge.errors import ConfigError
 from metamerge.methods._combination import combine, restore
 from metamerge.options import check_choice, check_count
@@ -14,6 +14,9 @@ from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, widened
 
 ENOUGH = 1000  # inputs from which on they need no probes beside them
+LONGER = (
+    4  # times as many steps of refining on inputs of a task that the merger's probes are not of
+)
 
 
 def merge_learned(
@@ -69,8 +72,11 @@ def merge_learned(
     if labels is not None and adapted:
         fused = adapt(merger, members, layout, inputs, labels, generator=generator, report=told)
     else:
-        watched = None if inputs is None else _beside_probes(merger, members, layout, inputs, told)
-        fused = fuse(merger, members, layout, watched, steps=refine)
+        watched, longer = None, False
+        if inputs is not None:
+            watched, longer = _beside_probes(merger, members, layout, inputs, told)
+        steps = LONGER * merger.config.refine if longer and refine is None else refine
+        fused = fuse(merger, members, layout, watched, steps=steps, report=told)
     if report is not None:
         report.update(told)
     return restore({key: tensor[0] for key, tensor in fused.items()}, weights)
@@ -78,11 +84,24 @@ def merge_learned(
 
 def _beside_probes(
     merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor, told: dict[str, Any]
-) -> Tensor:
-    """The inputs, and learned probes beside them where they are few."""
+) -> tuple[Tensor, bool]:
+    """Learned probes beside inputs that are few, unless they are strange to the members.
+
+    Those would do harm there; inputs alone can be learned from for longer.
+
+    Returns:
+        What members are watched on, and whether probes are strange to them.
+    """
+    from metamerge.mergers.inversion import strange  # imports torch-geometric
+
     probes = merger.probes(inputs.shape[1:])
     told["watched_on"] = f"{len(inputs)} inputs"
-    if probes is None or len(inputs) >= ENOUGH:
-        return inputs
+    if probes is None:
+        return inputs, False
+    check_fit(layout.program, inputs)
+    if strange(merger, members, layout, probes.detach()).any():
+        return inputs, True
+    if len(inputs) >= ENOUGH:
+        return inputs, False
     told["watched_on"] += f" and {len(probes)} learned probes"
-    return torch.cat([inputs, probes.to(inputs)])
+    return torch.cat([inputs, probes.to(inputs)]), False

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from metamerge.mergers import consensus
+from metamerge.mergers.gate import answers_of
 from metamerge.mergers.gnn import correlate
-from metamerge.mergers.refining import answers_of
 from metamerge.structure import Layout, discover_program, run, trace
 from metamerge.weights import stack
 

@@ -169,8 +169,9 @@ def test_a_configuration_that_is_none_is_refused(folder, change):
 
 def test_mergers_of_earlier_versions_do_without_what_was_added_later(folder):
     expected = load_merger(folder).config
-    rewrite(folder, lambda metadata: metadata["config"].pop("mixtures"))
-    assert expected.mixtures == 0
+    for added in ("mixtures", "familiar"):
+        rewrite(folder, lambda metadata, added=added: metadata["config"].pop(added))
+    assert expected.mixtures == expected.familiar == 0
     assert load_merger(folder).config == expected
 
 

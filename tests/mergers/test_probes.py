@@ -57,6 +57,16 @@ def test_flat_inputs_are_those_of_the_only_bank_of_as_many_numbers():
     assert torch.equal(Probes({(1, 2, 3): image, (6,): own})((6,)), own)
 
 
+def test_neighbours_of_flat_inputs_are_those_of_their_bank():
+    probes = Probes({(1, 2, 3): torch.rand(4, 1, 2, 3), (1, 3, 3): torch.rand(4, 1, 3, 3)})
+    assert probes.grid((6,)) == (1, 2, 3)
+    assert probes.grid((1, 3, 3)) == (1, 3, 3)
+    assert probes.grid((7,)) == (7,)
+    assert probes.grid((5, 9, 9)) == (5, 9, 9)
+    own = Probes({(1, 2, 3): torch.rand(4, 1, 2, 3), (6,): torch.rand(4, 6)})
+    assert own.grid((6,)) == (6,)
+
+
 # ---------------------------------------------------------------------------- starts
 
 

@@ -9,8 +9,9 @@ from metamerge.alignment import weight_matching
 from metamerge.calibration import divergence, predict
 from metamerge.errors import ConfigError
 from metamerge.mergers import consensus, fuse, refine, refining
+from metamerge.mergers.gate import answers_of
 from metamerge.mergers.ordering import in_canonical_order
-from metamerge.mergers.refining import AGREED, answers_of, descend, mixtures
+from metamerge.mergers.refining import AGREED, descend, mixtures
 from metamerge.structure import Layout, discover_program, run, trace
 from metamerge.weights import stack
 

@@ -12,10 +12,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def make_merger(noise=0.0, shape=(5,), refine=0):
+def make_merger(noise=0.0, shape=(5,), **config):
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        merger = GNNMerger(GNNConfig(shapes=(shape,), probes=32, width=8, refine=refine))
+        merger = GNNMerger(GNNConfig(shapes=(shape,), probes=32, width=8, **config))
         for parameter in merger.parameters():
             parameter.add_(noise * torch.randn(parameter.shape))
     return merger.requires_grad_(False)
@@ -54,7 +54,7 @@ def test_the_method_is_the_merger_on_a_family_of_one(mlp_layout, mlp_members, st
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, report=report)
     assert_equal(fused, first_of(expected, mlp_members), 0)
     assert not torch.allclose(fused["0.weight"], average(mlp_members)["0.weight"], atol=1e-3)
-    assert report == {}
+    assert report == {"watched_on": "32 learned probes"}
 
 
 def test_steps_of_refining_can_be_asked_for(mlp_layout, mlp_members):
@@ -86,6 +86,27 @@ def test_few_inputs_join_the_probes(mlp_layout, mlp_members):
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
     assert_equal(fused, first_of(expected, mlp_members), 0)
     assert report == {"watched_on": "999 inputs and 32 learned probes"}
+
+
+def test_few_inputs_stand_alone_and_count_for_more_where_probes_are_strange(
+    mlp_layout, mlp_members
+):
+    merger, inputs, report = make_merger(0.1, refine=2, familiar=1.0), torch.randn(20, 5), {}
+    expected = fuse(merger, family(mlp_members), mlp_layout, inputs, steps=8)
+    fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
+    assert_equal(fused, first_of(expected, mlp_members), 0)
+    assert report == {"watched_on": "20 inputs"}
+    asked = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, refine=2)
+    assert not torch.allclose(asked["0.weight"], fused["0.weight"], atol=1e-5)
+
+
+def test_who_is_watched_on_strange_probes_is_told_so(mlp_layout, mlp_members):
+    merger, report = make_merger(0.1, familiar=1.0), {}
+    fused = gnn(mlp_members, layout=mlp_layout, merger=merger, report=report)
+    assert_equal(fused, first_of(fuse(merger, family(mlp_members), mlp_layout), mlp_members), 0)
+    assert report["watched_on"] == (
+        "32 learned probes, strange to the members, and 32 inputs made from the members"
+    )
 
 
 def test_few_inputs_of_a_shape_without_probes_stand_alone(mlp_layout, mlp_members):

@@ -1,0 +1,176 @@
+"""Inversion: inputs that members know, where a merger's learned probes are strange to them.
+
+A merger's probes look like the inputs of the tasks that it was trained on. Members of another task
+put most of them into a few of their classes, or are sure of none, so that neither the gate nor the
+refit sees the others. What is missing is then drawn from the members themselves: copies of the
+probes are moved until all classes have their share of them.
+
+Papers: Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR
+2020, arXiv:1912.08795, for inputs that are made from a network, with total variation as their
+prior; Salimans et al., "Improved Techniques for Training GANs", arXiv:1606.03498, section 4, for
+what networks can tell apart as a measure of inputs; Asano, Rupprecht, Vedaldi, "Self-labelling via
+Simultaneous Clustering and Representation Learning", arXiv:1911.05371, for equal shares.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metamerge.mergers.gate import answers_of
+from metamerge.structure import Layout, run
+from metamerge.weights import Weights
+
+STEPS = 20  # of Adam
+RATE = 0.4  # its learning rate, in standard deviations of the probes
+BETAS = (0.9, 0.999)
+SMOOTH = 8.0  # weight of the total variation, whose unit is that of the start
+FEW = 2  # members that are asked in a step, drawn anew for each
+ROUNDS = 20  # in which classes and inputs take turns to get their shares
+
+
+class Watched(NamedTuple):
+    """What some families are watched on.
+
+    Attributes:
+        families: Their numbers, ``[n]``.
+        inputs: Inputs, ``[b, ...]``.
+        told: What these are, in words.
+    """
+
+    families: Tensor
+    inputs: Tensor
+    told: str = "inputs"
+
+
+def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[Watched]:
+    """What members are to be watched on when nothing but weights is given.
+
+    Args:
+        merger: A merger, with ``probes`` and, in its ``config``, what is ``familiar``.
+        members: Aligned members in canonical order, ``[f, m, ...]``; one family where the merger
+            has no probes of their inputs' shape.
+        layout: Their architecture.
+
+    Returns:
+        The merger's probes for all families to whose members they are familiar, and for each of
+        the others the probes and as many inputs that were made of them.
+    """
+    probes = merger.probes.for_members(members, layout).detach()
+    learned = merger.probes(probes.shape[1:]) is not None
+    told = f"{len(probes)} {'learned probes' if learned else 'imagined inputs'}"
+    odd = strange(merger, members, layout, probes)
+    grid = merger.probes.grid(probes.shape[1:])
+    found = [] if odd.all() else [Watched((~odd).nonzero()[:, 0], probes, told)]
+    for family in odd.nonzero():
+        own = {key: tensor[family.to(tensor.device)] for key, tensor in members.items()}
+        made = invert(own, layout, probes, grid)
+        words = f"{told}, strange to the members, and {len(made)} inputs made from the members"
+        found.append(Watched(family, torch.cat([probes, made]), words))
+    return found
+
+
+def strange(merger: nn.Module, members: Weights, layout: Layout, probes: Tensor) -> Tensor:
+    """Whether members tell less of a merger's probes apart than those it was trained for.
+
+    Args:
+        merger: A merger, whose ``config`` says what is ``familiar``.
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Their architecture.
+        probes: The merger's probes, ``[p, ...]``.
+
+    Returns:
+        Booleans, ``[f]``.
+    """
+    least = merger.config.familiar
+    if not least:
+        return torch.zeros(len(next(iter(members.values()))), dtype=torch.bool)
+    return told_apart(answers_of(members, layout, probes)).cpu() < least
+
+
+def told_apart(answers: Tensor) -> Tensor:
+    """How much members tell inputs apart: entropy of their votes less that of their answers.
+
+    Args:
+        answers: Members' logits, ``[f, m, b, c]``.
+
+    Returns:
+        ``[f]``, in units of the logarithm of the number of classes: 1 where members are sure of
+        everything and every class gets its share of the soft vote's votes, 0 or less where all
+        inputs are one to them. What is no choice among classes counts as told apart.
+    """
+    if answers.ndim != 4 or answers.shape[-1] < 2:
+        return torch.ones(len(answers))
+    likely, classes = answers.float().softmax(-1), answers.shape[-1]
+    votes = F.one_hot(likely.mean(1).argmax(-1), classes).float().mean(1)  # [f, c]
+    return _entropy(votes) - _entropy(likely).mean((1, 2))
+
+
+def invert(members: Weights, layout: Layout, start: Tensor, grid: Sequence[int]) -> Tensor:
+    """Move inputs until members see every class in them.
+
+    Every input gets a class, the likeliest for it under the condition that classes have equal
+    shares. Steps of Adam make that class likely for members, a few of them in every step, and
+    images smooth.
+
+    Args:
+        members: Aligned members of one family in canonical order, ``[1, m, ...]``.
+        layout: Their architecture.
+        start: Inputs, ``[b, ...]``.
+        grid: Shape in which neighbours of an input's numbers are neighbours; only images, ``[c, h,
+            w]``, are smoothed.
+
+    Returns:
+        New inputs, ``[b, ...]``, between the smallest and the largest number of ``start``.
+    """
+    answers = answers_of(members, layout, start)[0]
+    wanted = equal_shares(answers.softmax(-1).mean(0))
+    low, high = start.amin(), start.amax()
+    unit, images = start.std().clamp_min(1e-6), len(grid) == 3
+    rough = _variation(start.reshape(-1, *grid)).clamp_min(1e-6) if images else None
+    generator = torch.Generator().manual_seed(0)
+    inputs, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(1, STEPS + 1):
+        asked = torch.randperm(len(answers), generator=generator)[:FEW].to(start.device)
+        few = {key: tensor[0, asked] for key, tensor in members.items()}
+        with torch.enable_grad():
+            now = inputs.requires_grad_()
+            likely = run(layout.program, few, [now], stacked=True).softmax(-1).mean(0)
+            loss = F.nll_loss(likely.clamp_min(1e-6).log(), wanted, reduction="sum")
+            if images:
+                loss = loss + SMOOTH * len(now) * _variation(now.reshape(-1, *grid)) / rough
+            grad = torch.autograd.grad(loss, now)[0]
+        first.lerp_(grad, 1 - BETAS[0])
+        second.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+        size = (second / (1 - BETAS[1] ** step)).sqrt_().add_(1e-8)
+        rate = RATE * unit / (1 - BETAS[0] ** step)
+        inputs = (inputs.detach() - rate * first / size).clamp(low, high)
+    return inputs
+
+
+def equal_shares(likely: Tensor) -> Tensor:
+    """Give every input a class, so that classes get about equally many.
+
+    Args:
+        likely: Probabilities, ``[b, c]``.
+
+    Returns:
+        Classes, ``[b]``. Other names of the classes give the same classes by their other names.
+    """
+    plan = likely.double().clamp_min(1e-12).log()
+    for _ in range(ROUNDS):  # Sinkhorn and Knopp
+        plan = plan - plan.logsumexp(0, keepdim=True)
+        plan = plan - plan.logsumexp(1, keepdim=True)
+    return plan.argmax(-1)
+
+
+def _variation(images: Tensor) -> Tensor:
+    """Total variation of images, ``[b, c, h, w]``, per number."""
+    return images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()
+
+
+def _entropy(likely: Tensor) -> Tensor:
+    """In units of the logarithm of the number of classes."""
+    return torch.special.entr(likely).sum(-1) / torch.tensor(likely.shape[-1]).log()
