@@ -306,23 +306,32 @@ MERGERS = (
         compare={"full": False},
         goals=(Goal(0.725, members=4),),
     ),
-    Row(
-        name="foreign",
-        target="weights only: above aligned average + repair; 500 unlabelled: above distillation "
-        "with the same 500; skewed K=4: above the ensemble by 5 points",
-        mergers=(UNIVERSAL,),
-        judge=(FASHION_SKEWED,),
-        goals=(
-            *(
-                goal
-                for members in (4, 10)
-                for goal in (
-                    Goal("average, aligned + repair", members=members, over_data="unlabelled"),
-                    Goal(DISTILLED, members=members, **WITH_500),
-                )
+    *(
+        Row(
+            name=f"foreign{suffix}",
+            target="weights only: above aligned average + repair; 500 unlabelled: above "
+            f"distillation with the same 500{'; K=4: above the ensemble by 5 points' * bool(more)}",
+            mergers=(UNIVERSAL,),
+            judge=(zoo,),
+            compare=compare,
+            goals=(
+                *(
+                    goal
+                    for members in zoo.members
+                    for goal in (
+                        Goal("average, aligned + repair", members=members, over_data="unlabelled"),
+                        Goal(DISTILLED, members=members, **WITH_500),
+                    )
+                ),
+                *more,
             ),
-            Goal(SOFT_VOTE, 0.05, members=4, **WITH_500),
-        ),
+        )
+        for suffix, zoo, compare, more in (
+            ("", FASHION_SKEWED, {}, (Goal(SOFT_VOTE, 0.05, members=4, **WITH_500),)),
+            ("-mlp", FASHION_MLP, {"full": False}, ()),
+            ("-cnn", FASHION_CNN, {"full": False, "adapt": False}, ()),
+            ("-skewed-cnn", FASHION_SKEWED_CNN, {"full": False, "adapt": False}, ()),
+        )
     ),
     Row(
         name="mixed",

@@ -16,7 +16,17 @@ from evaluation.compare import CompareOptions, main
 from evaluation.goals import NATIVE, OWN, Goal
 from evaluation.scored import Scored
 from evaluation.suite_runs import chosen_rows, run_suite, trained
-from evaluation.suites import FASHION_SKEWED, MERGERS, SUITES, TINY, Row, Training
+from evaluation.suites import (
+    FASHION_CNN,
+    FASHION_MLP,
+    FASHION_SKEWED,
+    FASHION_SKEWED_CNN,
+    MERGERS,
+    SUITES,
+    TINY,
+    Row,
+    Training,
+)
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import GNNConfig, GNNMerger, save_merger
 from trainers.merger import MergerOptions
@@ -117,11 +127,21 @@ def test_published_rows_are_judged_on_twelve_families_at_least(row):
     assert min(zoo.test_families for zoo in row.judge or row.mergers[0].zoos) >= 12
 
 
-def test_a_merger_of_a_foreign_task_is_trained_on_none_of_the_judged_tasks():
-    (row,) = chosen_rows("mergers", ["foreign"])
-    assert row.judge == (FASHION_SKEWED,)
+@pytest.mark.parametrize(
+    ("name", "judge"),
+    [
+        ("foreign", FASHION_SKEWED),
+        ("foreign-mlp", FASHION_MLP),
+        ("foreign-cnn", FASHION_CNN),
+        ("foreign-skewed-cnn", FASHION_SKEWED_CNN),
+    ],
+)
+def test_a_merger_of_a_foreign_task_is_trained_on_none_of_the_judged_tasks(name, judge):
+    (row,) = chosen_rows("mergers", [name])
+    assert row.judge == (judge,)
     tasks = {zoo.task for training in row.mergers for zoo in training.zoos}
     assert tasks.isdisjoint(zoo.task for zoo in row.judge)
+    assert {goal.members for goal in row.goals} == set(judge.members)
 
 
 @pytest.mark.parametrize(

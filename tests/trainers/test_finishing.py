@@ -1,9 +1,13 @@
 """What is left to do once a merger is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from trainers.finishing import FILL, REFINING, chosen
+from metamerge.mergers.gate import answers_of
+from metamerge.mergers.inversion import told_apart
+from trainers.finishing import FILL, REFINING, chosen, familiarity
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,27 @@ def test_mixtures_have_to_be_worth_their_time(gain, expected):
 def test_one_family_alone_is_no_reason_for_mixtures():
     found = {choice: torch.tensor([0.5 + 0.4 * bool(choice[1])]) for choice in REFINING}
     assert chosen(found) == (0, 0)
+
+
+# ---------------------------------------------------------------------------- familiar probes
+
+
+def test_familiar_is_what_the_family_that_tells_least_apart_nearly_does(digits_zoo, trained_merger):
+    probes, layout = trained_merger.probes((1, 8, 8)), digits_zoo.layout
+    groups = [
+        SimpleNamespace(layout=layout, weights={k: t[rows] for k, t in digits_zoo.unseen.items()})
+        for rows in (slice(0, 5), slice(5, None))
+    ]
+    told = [told_apart(answers_of(group.weights, layout, probes)) for group in groups]
+    assert min(each.min() for each in told) > 0.2
+    found = familiarity(trained_merger, groups)
+    assert found == pytest.approx(0.85 * float(torch.cat(told).min()))
+    assert found < familiarity(trained_merger, [groups[int(told[0].min() < told[1].min())]])
+
+
+def test_members_that_tell_nothing_apart_say_nothing_of_what_is_familiar(
+    digits_zoo, trained_merger
+):
+    weights = {key: torch.zeros_like(t[:3]) for key, t in digits_zoo.unseen.items()}
+    group = SimpleNamespace(layout=digits_zoo.layout, weights=weights)
+    assert familiarity(trained_merger, [group]) == 0

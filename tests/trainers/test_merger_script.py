@@ -16,6 +16,7 @@ from metamerge import merge
 from metamerge.checkpoints import read_checkpoints
 from metamerge.errors import ConfigError
 from metamerge.mergers import load_merger, read_card
+from metamerge.mergers.inversion import told_apart
 from metamerge.weights import stack
 from trainers.finishing import ENOUGH, REFINING
 from trainers.merger import MergerOptions, fingerprint, main
@@ -187,6 +188,18 @@ def test_the_steps_of_refining_are_those_that_validation_families_chose(trained)
     assert choice == min(c for c, score in alike.items() if score >= max(alike.values()) - ENOUGH)
     words = f"{refining[choice]:.3f} after {config.refine} steps of refining"
     assert words + " on mixtures" * bool(config.mixtures) in " ".join(trained.out.split())
+
+
+def test_what_is_familiar_is_less_than_any_validation_family_tells_apart(trained, zoo):
+    merger = load_merger(trained.folder)
+    least = []
+    for members in (2, 3):
+        families = zoo.families("validation", members)
+        asked = {key: tensor.flatten(0, 1) for key, tensor in families.items()}
+        answers = predict(zoo.layout.program, asked, merger.probes((1, 8, 8)).detach())
+        least.append(told_apart(answers.unflatten(0, (-1, members))).min())
+    assert merger.config.familiar == pytest.approx(max(0, 0.85 * float(min(least))), abs=1e-4)
+    assert trained.card["familiar"] == merger.config.familiar
 
 
 def test_every_gate_was_measured_and_passed(trained):
