@@ -56,18 +56,22 @@ def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[
 
     Returns:
         The merger's probes for all families to whose members they are familiar, and for each of
-        the others the probes and as many inputs that were made of them.
+        the others the probes and as many inputs that were made of them. Inputs that had to be
+        imagined are familiar to none.
     """
     probes = merger.probes.for_members(members, layout).detach()
     learned = merger.probes(probes.shape[1:]) is not None
-    told = f"{len(probes)} {'learned probes' if learned else 'imagined inputs'}"
-    odd = strange(merger, members, layout, probes)
-    grid = merger.probes.grid(probes.shape[1:])
+    if learned:
+        told, odd = f"{len(probes)} learned probes", strange(merger, members, layout, probes)
+    else:
+        told = f"{len(probes)} imagined inputs"
+        odd = torch.ones(len(next(iter(members.values()))), dtype=torch.bool)
     found = [] if odd.all() else [Watched((~odd).nonzero()[:, 0], probes, told)]
+    words = f"{told}{', strange to the members,' * learned} and {len(probes)} made from the members"
+    grid = merger.probes.grid(probes.shape[1:])
     for family in odd.nonzero():
         own = {key: tensor[family.to(tensor.device)] for key, tensor in members.items()}
         made = invert(own, layout, probes, grid)
-        words = f"{told}, strange to the members, and {len(made)} inputs made from the members"
         found.append(Watched(family, torch.cat([probes, made]), words))
     return found
 

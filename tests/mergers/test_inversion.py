@@ -189,9 +189,7 @@ def test_strange_probes_are_joined_by_inputs_of_each_familys_own(mlp_case, make_
     assert strange(merger, members, mlp_case.layout, probes).all()
     first, second = watched_inputs(merger, members, mlp_case.layout)
     assert [first.families.tolist(), second.families.tolist()] == [[0], [1]]
-    assert first.told == (
-        "48 learned probes, strange to the members, and 48 inputs made from the members"
-    )
+    assert first.told == ("48 learned probes, strange to the members, and 48 made from the members")
     for family, watched in enumerate((first, second)):
         made = invert(only(members, family), mlp_case.layout, probes, (1, 8, 8))
         assert torch.equal(watched.inputs, torch.cat([probes, made]))
@@ -237,12 +235,14 @@ def test_neither_order_of_members_nor_of_units_matters(case, make_merger):
             assert torch.equal(found[key], tensor)
 
 
-def test_imagined_inputs_may_be_strange_as_well(make_case, make_merger):
-    case = make_case("mlp", (6,), families=1, shape=(1, 9, 9))
+def test_imagined_inputs_are_always_joined_by_made_ones(make_case, make_merger):
+    case, merger = make_case("mlp", (6,), families=1, shape=(1, 9, 9)), make_merger()
     members, _ = in_canonical_order(case.members, case.layout)
-    (watched,) = watched_inputs(familiar(make_merger(), 1.0), members, case.layout)
-    assert watched.inputs.shape == (96, 1, 9, 9)
-    assert watched.told.startswith("48 imagined inputs, strange to the members")
+    imagined = merger.probes.for_members(members, case.layout)
+    made = invert(members, case.layout, imagined, (1, 9, 9))
+    (watched,) = watched_inputs(merger, members, case.layout)
+    assert torch.equal(watched.inputs, torch.cat([imagined, made]))
+    assert watched.told == "48 imagined inputs and 48 made from the members"
 
 
 def test_inputs_are_never_joined_by_made_ones(mlp_case, make_merger):

@@ -10,6 +10,7 @@ from metamerge.calibration import divergence, predict
 from metamerge.errors import ConfigError
 from metamerge.mergers import consensus, fuse, refine, refining
 from metamerge.mergers.gate import answers_of
+from metamerge.mergers.inversion import watched_inputs
 from metamerge.mergers.ordering import in_canonical_order
 from metamerge.mergers.refining import AGREED, descend, mixtures
 from metamerge.structure import Layout, discover_program, run, trace
@@ -300,11 +301,11 @@ def test_asked_for_steps_come_before_those_of_the_merger(mlp_case, make_merger):
 
 
 def test_a_network_of_other_inputs_is_refined_on_imagined_ones(make_case, make_merger):
-    case = make_case("mlp", (6,), shape=(1, 9, 9))
+    case = make_case("mlp", (6,), families=1, shape=(1, 9, 9))
     merger, members = make_merger(), align(case)
     fused = fuse(merger, members, case.layout, steps=3)
-    imagined = merger.probes.for_members(members, case.layout)
-    given = fuse(merger, members, case.layout, imagined, steps=3)
+    (watched,) = watched_inputs(merger, in_canonical_order(members, case.layout)[0], case.layout)
+    given = fuse(merger, members, case.layout, watched.inputs, steps=3)
     assert furthest(fused, given) < 1e-5
     assert furthest(fused, fuse(merger, members, case.layout, steps=0)) > 1e-4
 

@@ -105,7 +105,7 @@ def test_who_is_watched_on_strange_probes_is_told_so(mlp_layout, mlp_members):
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, report=report)
     assert_equal(fused, first_of(fuse(merger, family(mlp_members), mlp_layout), mlp_members), 0)
     assert report["watched_on"] == (
-        "32 learned probes, strange to the members, and 32 inputs made from the members"
+        "32 learned probes, strange to the members, and 32 made from the members"
     )
 
 
