@@ -105,7 +105,7 @@ def told_apart(answers: Tensor) -> Tensor:
         everything and every class gets its share of the soft vote's votes, 0 or less where all
         inputs are one to them. What is no choice among classes counts as told apart.
     """
-    if answers.ndim != 4 or answers.shape[-1] < 2:
+    if not _is_choice(answers[0]):
         return torch.ones(len(answers))
     likely, classes = answers.float().softmax(-1), answers.shape[-1]
     votes = F.one_hot(likely.mean(1).argmax(-1), classes).float().mean(1)  # [f, c]
@@ -127,9 +127,12 @@ def invert(members: Weights, layout: Layout, start: Tensor, grid: Sequence[int])
             w]``, are smoothed.
 
     Returns:
-        New inputs, ``[b, ...]``, between the smallest and the largest number of ``start``.
+        New inputs, ``[b, ...]``, between the smallest and the largest number of ``start``; copies
+        of it where members do not choose among classes.
     """
     answers = answers_of(members, layout, start)[0]
+    if not _is_choice(answers):
+        return start.clone()
     wanted = equal_shares(answers.softmax(-1).mean(0))
     low, high = start.amin(), start.amax()
     unit, images = start.std().clamp_min(1e-6), len(grid) == 3
@@ -168,6 +171,11 @@ def equal_shares(likely: Tensor) -> Tensor:
         plan = plan - plan.logsumexp(0, keepdim=True)
         plan = plan - plan.logsumexp(1, keepdim=True)
     return plan.argmax(-1)
+
+
+def _is_choice(answers: Tensor) -> bool:
+    """Whether members' answers are logits of classes, ``[m, b, c]``, one choice per input."""
+    return answers.ndim == 3 and answers.shape[-1] > 1
 
 
 def _variation(images: Tensor) -> Tensor:

@@ -56,9 +56,10 @@ class Probes(nn.Module):
         Returns:
             The bank's shape where networks take their inputs flat; else the shape itself.
         """
+        if len(shape) != 1 or name_of(shape) in self.banks:
+            return tuple(shape)
         alike = [bank.shape[1:] for bank in self.banks.values() if bank[0].numel() == shape[0]]
-        flat = len(shape) == 1 and name_of(shape) not in self.banks
-        return tuple(alike[0] if flat and len(alike) == 1 else shape)
+        return tuple(alike[0] if len(alike) == 1 else shape)
 
     def for_members(self, members: Weights, layout: Layout) -> Tensor:
         """Find what members are to be watched on: learned probes, or imagined ones.

@@ -139,6 +139,13 @@ def test_a_merger_whose_probes_show_two_classes_sees_the_others_in_what_is_made(
     assert gain.mean() > max(0.02, 2 * gain.std() / len(gain) ** 0.5)
 
 
+def test_members_that_choose_nothing_leave_inputs_as_they_are(make_case):
+    case = make_case("mlp", (6,), families=1, classes=1)
+    made = invert(case.members, case.layout, case.inputs, (1, 8, 8))
+    assert torch.equal(made, case.inputs)
+    assert made.data_ptr() != case.inputs.data_ptr()
+
+
 def test_images_are_smoothed_and_other_inputs_are_not(case):
     members, start = only(knowing(case), 0), case.inputs
     smooth, plain = (invert(members, case.layout, start, grid) for grid in ((1, 8, 8), (64,)))
