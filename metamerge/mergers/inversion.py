@@ -28,6 +28,7 @@ RATE = 0.4  # its learning rate, in standard deviations of the probes
 BETAS = (0.9, 0.999)
 SMOOTH = 8.0  # weight of the total variation, whose unit is that of the start
 FEW = 2  # members that are asked in a step, drawn anew for each
+APART = 0.25  # of the median agreement with the others: who has less is not asked
 ROUNDS = 20  # in which classes and inputs take turns to get their shares
 
 
@@ -133,14 +134,16 @@ def invert(members: Weights, layout: Layout, start: Tensor, grid: Sequence[int])
     answers = answers_of(members, layout, start)[0]
     if not _is_choice(answers):
         return start.clone()
-    wanted = equal_shares(answers.softmax(-1).mean(0))
+    likely = answers.softmax(-1)
+    sound = in_agreement(likely)
+    wanted = equal_shares(likely[sound].mean(0))
     low, high = start.amin(), start.amax()
     unit, images = start.std().clamp_min(1e-6), len(grid) == 3
     rough = _variation(start.reshape(-1, *grid)).clamp_min(1e-6) if images else None
     generator = torch.Generator().manual_seed(0)
     inputs, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(1, STEPS + 1):
-        asked = torch.randperm(len(answers), generator=generator)[:FEW].to(start.device)
+        asked = sound[torch.randperm(len(sound), generator=generator)[:FEW].to(start.device)]
         few = {key: tensor[0, asked] for key, tensor in members.items()}
         with torch.enable_grad():
             now = inputs.requires_grad_()
@@ -155,6 +158,21 @@ def invert(members: Weights, layout: Layout, start: Tensor, grid: Sequence[int])
         rate = RATE * unit / (1 - BETAS[0] ** step)
         inputs = (inputs.detach() - rate * first / size).clamp(low, high)
     return inputs
+
+
+def in_agreement(likely: Tensor) -> Tensor:
+    """Members that have something in common with the others, so that noise is not asked.
+
+    Args:
+        likely: Probabilities that members give to classes, ``[m, b, c]``.
+
+    Returns:
+        Their numbers, ``[n]``: those whose agreement with the mean of the others, the probability
+        that both name the same class, is at least a quarter of the median of all.
+    """
+    others = (likely.sum(0) - likely) / max(1, len(likely) - 1)
+    agreement = (likely * others).sum(-1).mean(1)
+    return (agreement >= APART * agreement.median()).nonzero()[:, 0]
 
 
 def equal_shares(likely: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from metamerge.mergers.inversion import (
     FEW,
     STEPS,
     equal_shares,
+    in_agreement,
     invert,
     strange,
     told_apart,
@@ -104,6 +105,25 @@ def test_other_names_of_classes_give_the_same_shares_by_other_names():
     likely = torch.randn(60, 5, generator=torch.Generator().manual_seed(1)).softmax(-1)
     names = torch.tensor([3, 0, 4, 1, 2])
     assert torch.equal(names[equal_shares(likely[:, names])], equal_shares(likely))
+
+
+# ---------------------------------------------------------------------------- whom to ask
+
+
+def test_a_member_that_contradicts_all_others_is_not_asked():
+    alike = (5 * torch.eye(4) + torch.rand(5, 4, 4)).softmax(-1)
+    alike[2] = alike[2].roll(1, -1)
+    assert in_agreement(alike).tolist() == [0, 1, 3, 4]
+    assert in_agreement(alike[[2, 0, 1]]).tolist() == [1, 2]
+    assert in_agreement(alike[[0, 1, 3]]).tolist() == [0, 1, 2]
+
+
+def test_agreement_by_hand():
+    sure = torch.eye(3)[:, None]  # three members, one input, each sure of a class of its own
+    assert in_agreement(sure).tolist() == [0, 1, 2]  # nobody agrees, so nobody stands out
+    assert in_agreement(sure[[0, 0, 0, 1]]).tolist() == [0, 1, 2]
+    assert in_agreement(sure[[0, 1]]).tolist() == [0, 1]
+    assert in_agreement(sure[:1]).tolist() == [0]
 
 
 # ---------------------------------------------------------------------------- inversion
