@@ -38,7 +38,7 @@ class GNNConfig:
         refine: Steps of refining that proved best when the merger was trained.
         mixtures: Inputs that these steps learn from, filled up by mixtures of probes; 0: none.
         familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
-            to be strange to them; 0: probes always do.
+            to be strange to them; 0: they never are.
     """
 
     probes: int = 256

@@ -41,11 +41,8 @@ class Probes(nn.Module):
         Returns:
             ``[p, *shape]``; None where there is none.
         """
-        banks = dict(self.banks)
-        if name_of(shape) in banks or len(shape) != 1:
-            return banks.get(name_of(shape))
-        alike = [bank for bank in banks.values() if bank[0].numel() == shape[0]]
-        return alike[0].flatten(1) if len(alike) == 1 else None
+        bank = self._bank(shape)
+        return bank.flatten(1) if bank is not None and len(shape) == 1 else bank
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in which neighbours of an input's numbers are neighbours: that of its bank.
@@ -56,10 +53,16 @@ class Probes(nn.Module):
         Returns:
             The bank's shape where networks take their inputs flat; else the shape itself.
         """
-        if len(shape) != 1 or name_of(shape) in self.banks:
-            return tuple(shape)
-        alike = [bank.shape[1:] for bank in self.banks.values() if bank[0].numel() == shape[0]]
-        return tuple(alike[0] if len(alike) == 1 else shape)
+        bank = self._bank(shape)
+        return tuple(shape if bank is None else bank.shape[1:])
+
+    def _bank(self, shape: Sequence[int]) -> Tensor | None:
+        """The bank of a shape, or the only one of as many numbers where that is flat."""
+        banks = dict(self.banks)
+        if name_of(shape) in banks or len(shape) != 1:
+            return banks.get(name_of(shape))
+        alike = [bank for bank in banks.values() if bank[0].numel() == shape[0]]
+        return alike[0] if len(alike) == 1 else None
 
     def for_members(self, members: Weights, layout: Layout) -> Tensor:
         """Find what members are to be watched on: learned probes, or imagined ones.

@@ -14,9 +14,7 @@ from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, widened
 
 ENOUGH = 1000  # inputs from which on they need no probes beside them
-LONGER = (
-    4  # times as many steps of refining on inputs of a task that the merger's probes are not of
-)
+LONGER = 4  # times as many steps of refining on inputs where the probes are strange
 
 
 def merge_learned(
