@@ -8,7 +8,7 @@ from typing import Any
 from evaluation import budgets, by_heart, controls
 from evaluation.bench import Bench
 from evaluation.budgets import Budget
-from evaluation.contestants import Contestant, code_of, without_residual
+from evaluation.contestants import Contestant, code_of, without_prior
 from evaluation.merging import NOTHING, Given
 from evaluation.methods.entries import AVERAGE, DATA, USUAL, Entry, entries, parse_entry
 from evaluation.scored import Scored
@@ -111,9 +111,9 @@ def merger_rows(
         return Competitor(label, data, contestant.code, score, random)
 
     yield row(name, "none")
-    bare = without_residual(merger)
+    bare = without_prior(merger)
     if bare is not None:
-        yield row(f"{name}, no residual, no prior", "none", merger=bare)
+        yield row(f"{name}, no prior", "none", merger=bare)
     for images in unlabelled:
         yield row(f"{name}, calibrated", images.data, images.given)
     for images in labelled if adapted else ():

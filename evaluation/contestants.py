@@ -17,8 +17,6 @@ from metamerge.errors import ConfigError
 from metamerge.mergers import load_merger, read_card, read_kind
 from metamerge.registry import get_method
 
-RESIDUAL = ("row_factor.", "prior")  # parameters of the residual and of the input prior
-
 
 @dataclass(frozen=True, eq=False)
 class Contestant:
@@ -96,15 +94,14 @@ def champion(contestants: Sequence[Contestant]) -> Contestant:
     return max(contestants, key=lambda one: one.card["validation"]["validation_accuracy"])
 
 
-def without_residual(merger: nn.Module) -> nn.Module | None:
-    """The same merger with its residual and its input prior at zero; None where it has neither."""
+def without_prior(merger: nn.Module) -> nn.Module | None:
+    """The same merger with its input prior at zero; None where it has none, or none was learned."""
     bare = copy.deepcopy(merger)
-    extra = [p for name, p in bare.named_parameters() if name.startswith(RESIDUAL)]
-    if not any(parameter.any() for parameter in extra):
+    prior = getattr(bare, "prior", None)
+    if prior is None or not prior.any():
         return None
     with torch.no_grad():
-        for parameter in extra:
-            parameter.zero_()
+        prior.zero_()
     return bare
 
 

@@ -228,10 +228,9 @@ CNN_MERGER = {
 }
 RESNET_MERGER = {**CNN_MERGER, "probes": 128, "garbage": 0.5}  # with .25 poisoned pairs failed
 ON_DIGITS = {"target": 1.0, "steps": 100}
-UNIVERSAL = Training(  # the merger that comes with the package: residual and prior know their task
+UNIVERSAL = Training(  # the merger that comes with the package: a prior knows its task
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
     {
-        "rank": 0,
         "prior": 0,
         "target": 1.0,
         "garbage": 0.5,

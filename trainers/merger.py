@@ -65,7 +65,6 @@ class MergerOptions:
     probes: int = 256  # learned probe inputs of each shape that members are watched on
     width: int = 32  # size of the states of the weight graph's nodes
     rounds: int = 2  # rounds of messages
-    rank: int = 4  # rank of the residual; 0 switches it off
     prior: int = 5  # side of the smoothing prior on first-layer rows; 0 switches it off
     gate: bool = True  # competence gate: which member knows which class
     labels: bool = True  # whether the objective knows classes; if not, it imitates the soft vote
@@ -167,7 +166,7 @@ def make_merger(options: MergerOptions, groups: Sequence[Families]) -> Merger:
         return AutoencoderMerger(AutoencoderConfig(**shared, skip=options.skip), starts)
     flat = any(x.reads_inputs and x.linear for group in groups for x in group.layout.layers)
     prior = options.prior if flat else 0
-    return GNNMerger(GNNConfig(**shared, rank=options.rank, prior=prior), starts)
+    return GNNMerger(GNNConfig(**shared, prior=prior), starts)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ class AutoencoderConfig:
         rounds: Rounds of messages.
         size: Numbers in the latent of a row.
         gate: Whether the competence gate is on.
-        levels: Where mixing coefficients come from: ``unit``, ``layer``, ``model``.
         skip: Whether decoded rows are added to the mixed ones; without, they stand for themselves,
             and there is no gate and no refit.
         refine: Steps of refining that proved best when the merger was trained.
@@ -51,7 +50,6 @@ class AutoencoderConfig:
     rounds: int = 2
     size: int = 16
     gate: bool = True
-    levels: tuple[str, ...] = ("unit", "layer", "model")
     skip: bool = True
     refine: int = 0
     mixtures: int = 0
@@ -77,13 +75,12 @@ class AutoencoderMerger(nn.Module):
         self.probes = Probes(starts, config.probes)
         self.embed = nn.Linear(UNIT_FEATURES, width)
         self.rounds = nn.ModuleList(MessageRound(width) for _ in range(config.rounds))
-        self.mix = nn.ModuleDict({level: zero_head(width, 1) for level in config.levels})
+        self.mix = zero_head(width, 1)
         self.coder = LatentCoder(config.size, width, config.shapes)
         self.share = nn.Linear(config.size + 1 + width, config.size + 1, bias=False)
         nn.init.zeros_(self.share.weight)
         self.gate = CompetenceGate(width) if config.gate and config.skip else None
         if config.skip:
-            self.gain = zero_head(width, 1)
             self.strength = nn.Parameter(torch.zeros(2))  # of the refit: hidden, output layer
             self.log_ridge = nn.Parameter(torch.tensor(-5.0))
 

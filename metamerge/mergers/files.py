@@ -19,7 +19,6 @@ Merger = GNNMerger | AutoencoderMerger
 """A merger of any kind."""
 
 KINDS = {"gnn": (GNNConfig, GNNMerger), "autoencoder": (AutoencoderConfig, AutoencoderMerger)}
-ADDED = {"mixtures": 0, "familiar": 0.0}  # options that mergers of earlier versions have nothing of
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -113,7 +112,6 @@ def read_kind(folder: str | os.PathLike[str]) -> str:
 def _blank(configuration: type, made: type, stored: Mapping[str, Any]) -> Merger:
     """A merger of a stored configuration; its init is drawn only to be replaced."""
     known = {field.name for field in fields(configuration)}
-    stored = ADDED | dict(stored)
     if stored.keys() != known:
         raise ValueError(
             f"unknown: {sorted(stored.keys() - known)}, missing: {sorted(known - stored.keys())}"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from metamerge.mergers.gate import CompetenceGate
 from metamerge.mergers.messages import MessageRound
 from metamerge.mergers.probes import Probes
-from metamerge.mergers.reading import Fusion, Reading, finish, read_members, zero_head
+from metamerge.mergers.reading import Fusion, finish, read_members, zero_head
 from metamerge.mergers.tokens import UNIT_FEATURES
 from metamerge.structure import Layout
-from metamerge.structure.units import mix_units, spread_over
+from metamerge.structure.units import mix_units
 from metamerge.weights import Weights
 
 
@@ -31,10 +31,8 @@ class GNNConfig:
         shapes: Shapes of input that it has a bank of learned probes for.
         width: Size of the node states.
         rounds: Rounds of messages.
-        rank: Rank of the residual; 0 switches it off.
         prior: Side of the square input prior on first-layer rows; 0 switches it off.
         gate: Whether the competence gate is on.
-        levels: Where mixing coefficients come from: ``unit``, ``layer``, ``model``.
         refine: Steps of refining that proved best when the merger was trained.
         mixtures: Inputs that these steps learn from, filled up by mixtures of probes; 0: none.
         familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
@@ -45,10 +43,8 @@ class GNNConfig:
     shapes: tuple[tuple[int, ...], ...] = ()
     width: int = 32
     rounds: int = 2
-    rank: int = 4
     prior: int = 5
     gate: bool = True
-    levels: tuple[str, ...] = ("unit", "layer", "model")
     refine: int = 0
     mixtures: int = 0
     familiar: float = 0.0
@@ -73,14 +69,10 @@ class GNNMerger(nn.Module):
         self.probes = Probes(starts, config.probes)
         self.embed = nn.Linear(UNIT_FEATURES, width)
         self.rounds = nn.ModuleList(MessageRound(width) for _ in range(config.rounds))
-        self.mix = nn.ModuleDict({level: zero_head(width, 1) for level in config.levels})
-        self.gain = zero_head(width, 1)
+        self.mix = zero_head(width, 1)
         self.gate = CompetenceGate(width) if config.gate else None
         self.strength = nn.Parameter(torch.zeros(2))  # of the refit: hidden layers, output layer
         self.log_ridge = nn.Parameter(torch.tensor(-5.0))
-        if config.rank:
-            self.row_factor = zero_head(width, config.rank)
-            self.column_factor = nn.Linear(width, config.rank)
         if config.prior:
             self.prior = nn.Parameter(torch.zeros(config.prior, config.prior))
 
@@ -108,25 +100,8 @@ class GNNMerger(nn.Module):
         """
         seen = read_members(self, members, layout, inputs, sparse=sparse)
         fused = mix_units(members, layout, seen.mixing)
-        fused = self._residual(fused, layout, seen)
         fused = self._with_prior(fused, layout, seen.spread)
         return finish(self, fused, members, layout, seen)
-
-    def _residual(self, fused: Weights, layout: Layout, seen: Reading) -> Weights:
-        """Low-rank change of every layer, no entry larger than the members' deviation there."""
-        if not self.config.rank:
-            return fused
-        fused, means = dict(fused), {space: state.mean(1) for space, state in seen.states.items()}
-        for layer in layout.unshared:
-            rows, columns = (
-                units.joined(means, 1) for units in (layout.rows(layer), layout.columns(layer))
-            )
-            change = (self.row_factor(rows) @ self.column_factor(columns).mT).tanh()
-            deviation = (seen.variance[layer.weight] + 1e-12).sqrt() - 1e-6
-            fused[layer.weight] = fused[layer.weight] + spread_over(
-                change, layer, layout, deviation
-            )
-        return fused
 
     def _with_prior(self, fused: Weights, layout: Layout, spread: Mapping[str, Tensor]) -> Weights:
         """Smooth first-layer rows that look at images, by a kernel that starts as the identity."""

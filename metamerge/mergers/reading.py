@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from metamerge.corrections.refit import Target, construct, mixed_target, moments, observe, variance
@@ -36,7 +35,6 @@ class Reading(NamedTuple):
         moments: Their means and variances over probes per layer, ``[f, m, o]``.
         states: Space -> states of its units, ``[f, m, n, width]``.
         mixing: Space -> coefficients over members, ``[f, m, n]``.
-        variance: Key of a layer's weight -> its variance over members, ``[f, ...]``.
         spread: What ``disagreement`` says of every layer, ``[f]``.
     """
 
@@ -45,7 +43,6 @@ class Reading(NamedTuple):
     moments: dict[str, Moments]
     states: dict[str, Tensor]
     mixing: dict[str, Tensor]
-    variance: dict[str, Tensor]
     spread: dict[str, Tensor]
 
 
@@ -55,7 +52,7 @@ def read_members(
     """Watch members on probes, read their units, and say how they are to be mixed.
 
     Args:
-        merger: A merger, with ``probes``, ``embed``, ``rounds`` and heads to ``mix`` by.
+        merger: A merger, with ``probes``, ``embed``, ``rounds`` and a head to ``mix`` by.
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of their architecture.
         inputs: Inputs that take the place of the probes, or None.
@@ -70,10 +67,8 @@ def read_members(
     states = read_units(
         members, layout, observed, merger.embed, merger.rounds, known=known, sparse=sparse
     )
-    varying = {x.weight: variance(members[x.weight], 1) for x in layout.layers}
     mixing = mixing_of(states, merger.mix)
-    spread = disagreement(members, layout, varying)
-    return Reading(probes, observed, known, states, mixing, varying, spread)
+    return Reading(probes, observed, known, states, mixing, disagreement(members, layout))
 
 
 def finish(
@@ -82,7 +77,7 @@ def finish(
     """Let the gate say whom to trust, and refit fused weights to that.
 
     Args:
-        merger: A merger, with ``gate``, ``gain``, ``strength`` and ``log_ridge``.
+        merger: A merger, with ``gate``, ``strength`` and ``log_ridge``.
         fused: What it has fused, ``[f, ...]``.
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of their architecture.
@@ -92,7 +87,6 @@ def finish(
         The outcome.
     """
     trust = trust_in(merger.gate, members, layout, seen.states, seen.observed, seen.spread)
-    lift = {space: merger.gain(state.mean(1)).squeeze(-1) for space, state in seen.states.items()}
     weights = fit(
         fused,
         layout,
@@ -100,8 +94,6 @@ def finish(
         seen.observed,
         known=seen.moments,
         mixing=seen.mixing,
-        lift=lift,
-        spread=seen.spread,
         trust=None if merger.gate is None else trust,
         strength=merger.strength,
         ridge=merger.log_ridge.exp(),
@@ -144,26 +136,21 @@ def read_units(
     return states
 
 
-def mixing_of(states: Mapping[str, Tensor], heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def mixing_of(states: Mapping[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
     """Coefficients over members, which sum to 1.
 
     Args:
         states: Space -> ``[f, m, n, width]``.
-        heads: Level (``unit``, ``layer``, ``model``) -> its part of the logit.
+        head: State of a unit -> its logit.
 
     Returns:
-        Space -> ``[f, m, n]``.
+        Space -> ``[f, m, n]``; inputs have none.
     """
-    hidden = {s: state for s, state in states.items() if not s.startswith(INPUTS)}
-    model = torch.stack([state.mean(2) for state in hidden.values()]).mean(0)  # [f, m, width]
-    mixed = {}
-    for space, state in hidden.items():
-        told = {"unit": state, "layer": state.mean(2, keepdim=True), "model": model[:, :, None]}
-        logit = state.new_zeros(state.shape[:3])
-        for level, head in heads.items():
-            logit = logit + head(told[level]).squeeze(-1)
-        mixed[space] = logit.softmax(1)
-    return mixed
+    return {
+        space: head(state).squeeze(-1).softmax(1)
+        for space, state in states.items()
+        if not space.startswith(INPUTS)
+    }
 
 
 def trust_in(
@@ -206,8 +193,6 @@ def fit(
     *,
     known: Mapping[str, Moments],
     mixing: Mapping[str, Tensor],
-    lift: Mapping[str, Tensor],
-    spread: Mapping[str, Tensor],
     trust: Tensor | None,
     strength: Tensor,
     ridge: Tensor,
@@ -221,8 +206,6 @@ def fit(
         observed: Pre-activations on them per layer, ``[f, m, r, o]``.
         known: Their means and variances over probes per layer, ``[f, m, o]``.
         mixing: Space -> coefficients over members, ``[f, m, n]``.
-        lift: Space -> logarithm of the gain on the restored spread, ``[f, n]``.
-        spread: What ``disagreement`` returned; where there is none, nothing is lifted.
         trust: What the gate read, ``[f, m, c, TOLD]``; None for a mixture at the outputs, too.
         strength: How far to go, hidden layers and output layer, ``[2]``.
         ridge: See ``refit``.
@@ -237,8 +220,7 @@ def fit(
             return Target(consensus(trust, values), strength[1])
         at = layout.rows(layer)
         rows = at.spread(at.joined(mixing, 2), 2)  # [f, m, out]
-        gain = at.spread(at.joined(lift, 1), 1) * spread[layer.weight][:, None]
-        return Target(mixed_target(values, rows, gain.exp(), known[layer.node][1]), strength[0])
+        return Target(mixed_target(values, rows, known[layer.node][1]), strength[0])
 
     return construct(fused, observed, layout, probes, targets=targets, ridge=ridge)
 
@@ -263,15 +245,12 @@ def weight_edges(members: Weights, layout: Layout) -> list[Edge]:
     return edges
 
 
-def disagreement(
-    members: Weights, layout: Layout, known: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def disagreement(members: Weights, layout: Layout) -> dict[str, Tensor]:
     """How far members differ: their variance over their mean square, per layer, in [0, 1).
 
     Args:
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of the architecture.
-        known: Key of a layer's weight -> its variance over members, where that is known.
 
     Returns:
         Key of the layer's weight -> ``[f]``; 0 where all members are equal.
@@ -279,9 +258,8 @@ def disagreement(
     spread = {}
     for layer in layout.layers:
         weight = members[layer.weight]
-        own = variance(weight, 1) if known is None else known[layer.weight]
         square = root_mean_square(weight).square().clamp_min(1e-12)
-        spread[layer.weight] = own.flatten(1).mean(1) / square
+        spread[layer.weight] = variance(weight, 1).flatten(1).mean(1) / square
     return spread
 
 

@@ -16,7 +16,7 @@ from metamerge.structure.spec import PermutationSpec
 from metamerge.weights import Weights
 
 if TYPE_CHECKING:
-    from metamerge.structure.layout import Layer, Layout
+    from metamerge.structure.layout import Layout
 
 FIXED = "fixed:"
 
@@ -160,26 +160,6 @@ def mix_units(members: Weights, layout: Layout, mixing: Mapping[str, Tensor]) ->
             mixed[key] = torch.einsum("fme,fme...->fe...", own, entries).movedim(1, 1 + axis)
     tied = layout.program.tied.items() if layout.program else ()
     return {**mixed, **{alias: mixed[key] for alias, key in tied if alias in mixed}}
-
-
-def spread_over(change: Tensor, layer: Layer, layout: Layout, deviation: Tensor) -> Tensor:
-    """A change of every pair of units, times the members' deviation, in the shape of a weight.
-
-    Args:
-        change: ``[f, rows, columns]``, counted as in ``Layout.matrix``.
-        layer: The layer.
-        layout: The layout it is of.
-        deviation: ``[f, out, in, ...]``.
-
-    Returns:
-        ``[f, out, in, ...]``.
-    """
-    change = layout.rows(layer).spread(change, 1)
-    change = layout.columns(layer).spread(change, 2)
-    if layer.blocks > 1:  # a grouped convolution holds nothing but the blocks on the diagonal
-        split = change.unflatten(2, (layer.blocks, -1)).unflatten(1, (layer.blocks, -1))
-        change = split.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(1, 2)
-    return deviation * change.reshape(*change.shape, *[1] * (deviation.ndim - 3))
 
 
 def _completed(units: Units, mixing: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

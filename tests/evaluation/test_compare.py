@@ -57,7 +57,7 @@ CONTROLS = {
 }
 METHODS = {
     "gnn": "none",
-    "gnn, no residual, no prior": "none",
+    "gnn, no prior": "none",
     "gnn, calibrated": "unlabelled",
     "gnn, adapted": "labelled",
     "gnn, then fine-tuned": "labelled",
@@ -104,13 +104,13 @@ def relabelled(place, zoo):
 
 
 def made_merger(folder, zoo, **config):
-    """A merger with a residual, which nobody has trained, and the card of one that was."""
+    """A merger with an input prior, which nobody has trained, and the card of one that was."""
     shape = tuple(zoo.layout.program.input_shape()[1:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         merger = GNNMerger(GNNConfig(**{"shapes": (shape,), "probes": 16, "width": 8, **config}))
         with torch.no_grad():
-            merger.row_factor.weight.normal_(std=0.1)
+            merger.prior.normal_(std=0.1)
     told = {"digest": zoo.digest, "options": zoo.options, "task": zoo.manifest["task"]}
     save_merger(merger, folder, {"options": {"seed": 0}, "zoos": [told]})
     return str(folder)
@@ -418,8 +418,8 @@ def test_finished_rows_are_not_made_again(result, monkeypatch):
 
 def test_another_merger_in_the_same_folder_is_judged_anew(work, zoo):
     scores = []
-    for rank in (4, 2):
-        folder = made_merger(work / "merger", zoo, rank=rank)
+    for prior in (5, 3):
+        folder = made_merger(work / "merger", zoo, prior=prior)
         found = quick(merger=(folder,), members=(2,), out="out").scored
         scores.append({s.method: (s.accuracies.tolist(), s.seconds) for s in found})
     assert scores[0]["average"] == scores[1]["average"]  # kept, down to its seconds
@@ -430,7 +430,7 @@ def test_another_merger_in_the_same_folder_is_judged_anew(work, zoo):
 
 
 def test_several_mergers_are_named_by_their_folders_and_families_can_be_few(work, zoo, merger):
-    other = made_merger(work / "other", zoo, rank=2)
+    other = made_merger(work / "other", zoo, prior=3)
     found = quick(merger=(merger, other), members=(2,), families=3, out="out")
     assert {"merger", "other"} <= {s.method for s in found.scored}
     assert list(found.meta["mergers"]) == ["merger", "other"]

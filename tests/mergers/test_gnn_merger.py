@@ -290,7 +290,7 @@ def test_members_are_not_changed(case, make_merger):
 # ---------------------------------------------------------------------------- gradients
 
 # A softmax over members does not see what is added to all of them alike.
-INVISIBLE = {"mix.unit.bias", "mix.layer.bias", "mix.model.bias"}
+INVISIBLE = {"mix.bias"}
 
 
 def test_gradients_reach_every_parameter(case, make_merger):

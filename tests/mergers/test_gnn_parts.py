@@ -26,9 +26,9 @@ def average(members):
 # ---------------------------------------------------------------------------- mixing
 
 
-def only_mixing(make_merger, **config):
-    """A merger that does nothing but mix: no residual, no prior, no refit."""
-    merger = make_merger(0.3, rank=0, prior=0, **config)
+def only_mixing(make_merger):
+    """A merger that does nothing but mix: no prior, no refit."""
+    merger = make_merger(0.3, prior=0)
     with torch.no_grad():
         merger.strength.zero_()
     return merger
@@ -62,26 +62,6 @@ def test_every_unit_has_one_coefficient_per_member_and_they_sum_to_one(case, mak
     assert len(found) > 10  # units, layers and families have coefficients of their own
 
 
-@pytest.mark.parametrize("level", ["unit", "layer", "model"])
-def test_a_level_gives_one_coefficient_to_all_below_it(case, make_merger, level):
-    first, second = ({key: t[:, i] for key, t in case.members.items()} for i in (0, 1))
-    pairs = {key: t[:, :2] for key, t in case.members.items()}
-    fused = only_mixing(make_merger, levels=(level,))(pairs, case.layout).weights
-    shares = []
-    for layer in case.layout.layers:
-        difference = first[layer.bias] - second[layer.bias]
-        shares.append((fused[layer.bias] - second[layer.bias]) / difference)  # [f, units]
-    within = max(float(share.std(1).max()) for share in shares)
-    between = float(torch.stack([share.mean(1) for share in shares]).std(0).max())
-    assert (within > 1e-3) == (level == "unit")
-    assert (between > 1e-3) == (level != "model")
-
-
-def test_without_levels_all_members_count_the_same(case, make_merger):
-    fused = only_mixing(make_merger, levels=())(case.members, case.layout).weights
-    assert furthest(fused, average(case.members)) < 1e-6
-
-
 def test_integer_tensors_are_those_of_the_first_member(make_merger):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
     program = trace(model, torch.zeros(2, 3))
@@ -93,26 +73,7 @@ def test_integer_tensors_are_those_of_the_first_member(make_merger):
     assert torch.equal(fused["1.running_var"], members["1.running_var"][:, 0])
 
 
-# ---------------------------------------------------------------------------- residual and prior
-
-
-def test_the_residual_stays_within_the_members_deviation(case, make_merger):
-    merger = make_merger(0.3, prior=0)
-    with torch.no_grad():
-        merger.strength.zero_()
-    without = copy.deepcopy(merger)
-    with torch.no_grad():
-        without.row_factor.weight.zero_()
-        without.row_factor.bias.zero_()
-    fused, plain = (made(case.members, case.layout).weights for made in (merger, without))
-    for layer in case.layout.layers:
-        change = (fused[layer.weight] - plain[layer.weight]).abs()
-        deviation = case.members[layer.weight].std(1, correction=0)
-        assert (change <= deviation + 1e-6).all()
-        assert change.max() > 1e-3
-    biases = [layer.bias for layer in case.layout.layers]
-    # No bias has a residual; the first layer's passes through `mean + (bias - mean)`.
-    assert max(float((fused[key] - plain[key]).abs().max()) for key in biases) < 1e-5
+# ---------------------------------------------------------------------------- input prior
 
 
 def test_the_input_prior_looks_at_first_layers_that_read_whole_images(case, make_merger):
@@ -154,10 +115,11 @@ def test_a_correlation_by_hand():
 
 
 def test_the_output_layer_is_fitted_to_the_consensus(mlp_case, make_merger):
-    merger = make_merger(0.3, rank=0, prior=0, levels=()).double()
+    merger = make_merger(0.3, prior=0).double()
     with torch.no_grad():
         merger.strength.copy_(torch.tensor([0.0, 1.0]))
         merger.log_ridge.fill_(-3.0)
+        merger.mix.weight.zero_()  # equal shares
     layout = Layout(mlp_case.layout.program.in_float64(), mlp_case.layout.spec)
     members = {key: t.double() for key, t in mlp_case.members.items()}
     fused, trust = merger(members, layout)
@@ -184,13 +146,13 @@ def test_the_output_layer_is_fitted_to_the_consensus(mlp_case, make_merger):
 
 def test_parts_that_are_switched_off_have_no_parameters(make_merger):
     names = {name.split(".")[0] for name, _ in make_merger().named_parameters()}
-    bare = make_merger(gate=False, rank=0, prior=0)
+    bare = make_merger(gate=False, prior=0)
     left = {name.split(".")[0] for name, _ in bare.named_parameters()}
-    assert names - left == {"gate", "row_factor", "column_factor", "prior"}
+    assert names - left == {"gate", "prior"}
 
 
 def test_a_merger_without_its_optional_parts_still_merges(case, make_merger):
-    bare = make_merger(gate=False, rank=0, prior=0, rounds=0)
+    bare = make_merger(gate=False, prior=0, rounds=0)
     members = case.members
     fused, trust = bare(members, case.layout)
     assert run(case.layout.program, fused, [case.inputs], stacked=True).isfinite().all()

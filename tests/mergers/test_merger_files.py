@@ -33,7 +33,7 @@ def make(config):
 
 
 CONFIGS = {
-    "gnn": GNNConfig(probes=48, shapes=SHAPES, width=12, rounds=1, rank=2, prior=3),
+    "gnn": GNNConfig(probes=48, shapes=SHAPES, width=12, rounds=1, prior=3),
     "autoencoder": AutoencoderConfig(probes=48, shapes=SHAPES, width=12, rounds=1, size=9),
     "bottleneck": AutoencoderConfig(probes=48, shapes=SHAPES, width=12, skip=False),
 }
@@ -71,7 +71,7 @@ def test_a_merger_comes_back_as_it_was_saved(merger, folder, mlp_case):
 
 
 def test_parts_that_are_switched_off_stay_off(tmp_path):
-    bare = make(GNNConfig(shapes=SHAPES, gate=False, rank=0, prior=0))
+    bare = make(GNNConfig(shapes=SHAPES, gate=False, prior=0))
     loaded = load_merger(save_merger(bare, tmp_path / "bare", {}))
     assert loaded.gate is None
     assert list(loaded.state_dict()) == list(bare.state_dict())
@@ -157,7 +157,7 @@ def test_weights_of_another_configuration_are_refused(folder):
         lambda metadata: metadata["config"].update(width="wide"),
         lambda metadata: metadata["config"].update(probes=-1),
         lambda metadata: metadata.update(
-            kind="autoencoder" if "rank" in metadata["config"] else "gnn"
+            kind="autoencoder" if "prior" in metadata["config"] else "gnn"
         ),
     ],
 )
@@ -165,14 +165,6 @@ def test_a_configuration_that_is_none_is_refused(folder, change):
     rewrite(folder, change)
     with pytest.raises(Unreadable, match="its configuration is not that of a merger"):
         load_merger(folder)
-
-
-def test_mergers_of_earlier_versions_do_without_what_was_added_later(folder):
-    expected = load_merger(folder).config
-    for added in ("mixtures", "familiar"):
-        rewrite(folder, lambda metadata, added=added: metadata["config"].pop(added))
-    assert expected.mixtures == expected.familiar == 0
-    assert load_merger(folder).config == expected
 
 
 def test_loading_leaves_the_callers_random_numbers_alone(folder):

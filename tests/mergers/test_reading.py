@@ -33,23 +33,21 @@ def test_coefficients_sum_to_one_and_inputs_have_none():
         "hidden": torch.randn(2, 4, 5, 3, generator=generator),
         OUTPUTS: torch.randn(2, 4, 2, 3, generator=generator),
     }
-    heads = {level: nn.Linear(3, 1) for level in ("unit", "layer", "model")}
-    found = mixing_of(states, heads)
+    head = nn.Linear(3, 1)
+    found = mixing_of(states, head)
     assert {space: t.shape for space, t in found.items()} == {
         "hidden": (2, 4, 5),
         OUTPUTS: (2, 4, 2),
     }
     for space, mixing in found.items():
         assert torch.allclose(mixing.sum(1), torch.ones_like(mixing[:, 0]), atol=1e-6)
-        logit = heads["unit"](states[space]) + heads["layer"](states[space].mean(2, keepdim=True))
-        model = (states["hidden"].mean(2) + states[OUTPUTS].mean(2)) / 2
-        logit = logit + heads["model"](model)[:, :, None]
-        assert torch.allclose(mixing, logit.squeeze(-1).softmax(1), atol=1e-6)
+        logit = states[space] @ head.weight[0] + head.bias
+        assert torch.allclose(mixing, logit.softmax(1), atol=1e-6)
 
 
-def test_fresh_heads_mix_all_members_alike():
+def test_a_fresh_head_mixes_all_members_alike():
     states = {OUTPUTS: torch.randn(2, 4, 3, 6)}
-    found = mixing_of(states, {"unit": zero_head(6, 1), "model": zero_head(6, 1)})
+    found = mixing_of(states, zero_head(6, 1))
     assert torch.equal(found[OUTPUTS], torch.full((2, 4, 3), 0.25))
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from metamerge.structure import OUTPUTS, Layout, PermutationSpec, discover_program, trace
 from metamerge.structure.factors import Concat, Factor, axis_length, axis_places
-from metamerge.structure.units import mix_units, spread_over, units_along
+from metamerge.structure.units import mix_units, units_along
 
 A, B = Factor("a", 2), Factor("b", 3)
 SPEC = PermutationSpec({"a": 2, "b": 3}, {}, {"b": ("a",)})
@@ -168,26 +168,3 @@ def test_tied_tensors_stay_tied(wired):
     mixed = mix_units(wired.members, wired.layout, coefficients(wired.members, wired.layout))
     for alias, key in wired.layout.program.tied.items():
         assert torch.equal(mixed[alias], mixed[key])
-
-
-def test_a_change_of_units_is_spread_by_hand():
-    # Two channels of two positions are columns 0, 1 and 2, 3.
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(4, 2))
-    layout = layout_of(model, 1, 1, 2)
-    change = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    deviation = torch.tensor([[[1.0, 10.0, 1.0, 1.0], [1.0, 1.0, 1.0, 10.0]]])
-    found = spread_over(change, layout.layers[1], layout, deviation)
-    assert found.tolist() == [[[1, 10, 2, 2], [3, 3, 4, 40]]]
-
-
-def test_a_change_of_units_is_what_their_entries_change_by(wired):
-    # An outer product of numbers per unit, spread, is the matrix view of that same outer product.
-    layout = wired.layout
-    generator = torch.Generator().manual_seed(0)
-    for layer in layout.layers:
-        rows, columns = (sum(own(layer).sizes) for own in (layout.rows, layout.columns))
-        change = torch.rand(2, rows, columns, generator=generator) + 1
-        ones = torch.ones_like(wired.members[layer.weight][:, 0])
-        found = layout.matrix(layer, spread_over(change, layer, layout, ones))
-        there = layout.matrix(layer, ones) != 0
-        assert torch.equal(found, torch.where(there, change[..., None], 0.0)), layer.weight

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "trainers" / "merger.py")
 STEPS, SAVE_EVERY = 60, 5
 SMALL = (
-    *("--probes", "32", "--width", "8", "--rank", "2", "--families", "6", "--images", "128"),
+    *("--probes", "32", "--width", "8", "--families", "6", "--images", "128"),
     *("--steps", str(STEPS), "--eval-every", "20", "--save-every", str(SAVE_EVERY)),
     *("--average", "0.8"),  # of so few steps: 0.95 would still remember the first ones
 )
