@@ -25,7 +25,6 @@ from metamerge.weights import Weights
 
 STEPS = 20  # of Adam
 RATE = 0.4  # its learning rate, in standard deviations of the probes
-BETAS = (0.9, 0.999)
 SMOOTH = 8.0  # weight of the total variation, whose unit is that of the start
 FEW = 2  # members that are asked in a step, drawn anew for each
 APART = 0.25  # of the median agreement with the others: who has less is not asked
@@ -139,25 +138,24 @@ def invert(members: Weights, layout: Layout, start: Tensor, grid: Sequence[int])
     wanted = equal_shares(likely[sound].mean(0))
     low, high = start.amin(), start.amax()
     unit, images = start.std().clamp_min(1e-6), len(grid) == 3
-    rough = _variation(start.reshape(-1, *grid)).clamp_min(1e-6) if images else None
+    known = _variation(start.reshape(-1, *grid)).clamp_min(1e-6) if images else None
     generator = torch.Generator().manual_seed(0)
-    inputs, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-    for step in range(1, STEPS + 1):
+    inputs = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([inputs], lr=RATE * float(unit))
+    for _ in range(STEPS):
         asked = sound[torch.randperm(len(sound), generator=generator)[:FEW].to(start.device)]
         few = {key: tensor[0, asked] for key, tensor in members.items()}
         with torch.enable_grad():
-            now = inputs.requires_grad_()
-            likely = run(layout.program, few, [now], stacked=True).softmax(-1).mean(0)
+            likely = run(layout.program, few, [inputs], stacked=True).softmax(-1).mean(0)
             loss = F.nll_loss(likely.clamp_min(1e-6).log(), wanted, reduction="sum")
             if images:
-                loss = loss + SMOOTH * len(now) * _variation(now.reshape(-1, *grid)) / rough
-            grad = torch.autograd.grad(loss, now)[0]
-        first.lerp_(grad, 1 - BETAS[0])
-        second.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-        size = (second / (1 - BETAS[1] ** step)).sqrt_().add_(1e-8)
-        rate = RATE * unit / (1 - BETAS[0] ** step)
-        inputs = (inputs.detach() - rate * first / size).clamp(low, high)
-    return inputs
+                rough = _variation(inputs.reshape(-1, *grid)) / known
+                loss = loss + SMOOTH * len(inputs) * rough
+            inputs.grad = torch.autograd.grad(loss, inputs)[0]
+        optimizer.step()
+        with torch.no_grad():
+            inputs.clamp_(low, high)
+    return inputs.detach()
 
 
 def in_agreement(likely: Tensor) -> Tensor:
