@@ -148,12 +148,15 @@ def mean_target(layer: Layer, observed: Tensor) -> Target:
     return Target(mixed_target(observed, weights), 1.0)
 
 
-def mixed_target(observed: Tensor, mixing: Tensor, known: Tensor | None = None) -> Tensor:
+def mixed_target(
+    observed: Tensor, mixing: Tensor, gain: Tensor | float = 1.0, known: Tensor | None = None
+) -> Tensor:
     """Mix the members' pre-activations per unit and restore the spread that mixing lost.
 
     Args:
         observed: ``[f, m, r, o]``.
         mixing: Coefficients that sum to 1 over members, ``[f, m, o]`` or ``[f, m, 1]``.
+        gain: Factor on the restored spread, ``[f, o]`` or a number.
         known: Variance of what is observed over rows, ``[f, m, o]``, where that is known.
 
     Returns:
@@ -162,7 +165,7 @@ def mixed_target(observed: Tensor, mixing: Tensor, known: Tensor | None = None) 
     mixed = (observed * mixing[:, :, None]).sum(1)  # [f, r, o]
     mean, narrowed = moments(mixed, 1)  # [f, o]
     spread = _root(variance(observed, 2) if known is None else known)  # [f, m, o]
-    wanted = (spread * mixing).sum(1)  # [f, o]
+    wanted = (spread * mixing).sum(1) * gain  # [f, o]
     return mean[:, None] + (mixed - mean[:, None]) * (wanted / _root(narrowed))[:, None]
 
 

@@ -81,6 +81,7 @@ class AutoencoderMerger(nn.Module):
         nn.init.zeros_(self.share.weight)
         self.gate = CompetenceGate(width) if config.gate and config.skip else None
         if config.skip:
+            self.gain = zero_head(width, 1)
             self.strength = nn.Parameter(torch.zeros(2))  # of the refit: hidden, output layer
             self.log_ridge = nn.Parameter(torch.tensor(-5.0))
 

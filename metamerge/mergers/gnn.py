@@ -70,6 +70,7 @@ class GNNMerger(nn.Module):
         self.embed = nn.Linear(UNIT_FEATURES, width)
         self.rounds = nn.ModuleList(MessageRound(width) for _ in range(config.rounds))
         self.mix = zero_head(width, 1)
+        self.gain = zero_head(width, 1)
         self.gate = CompetenceGate(width) if config.gate else None
         self.strength = nn.Parameter(torch.zeros(2))  # of the refit: hidden layers, output layer
         self.log_ridge = nn.Parameter(torch.tensor(-5.0))

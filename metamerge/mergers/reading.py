@@ -77,7 +77,7 @@ def finish(
     """Let the gate say whom to trust, and refit fused weights to that.
 
     Args:
-        merger: A merger, with ``gate``, ``strength`` and ``log_ridge``.
+        merger: A merger, with ``gate``, ``gain``, ``strength`` and ``log_ridge``.
         fused: What it has fused, ``[f, ...]``.
         members: Aligned members, ``[f, m, ...]``.
         layout: Layers of their architecture.
@@ -87,6 +87,7 @@ def finish(
         The outcome.
     """
     trust = trust_in(merger.gate, members, layout, seen.states, seen.observed, seen.spread)
+    lift = {space: merger.gain(state.mean(1)).squeeze(-1) for space, state in seen.states.items()}
     weights = fit(
         fused,
         layout,
@@ -94,6 +95,8 @@ def finish(
         seen.observed,
         known=seen.moments,
         mixing=seen.mixing,
+        lift=lift,
+        spread=seen.spread,
         trust=None if merger.gate is None else trust,
         strength=merger.strength,
         ridge=merger.log_ridge.exp(),
@@ -193,6 +196,8 @@ def fit(
     *,
     known: Mapping[str, Moments],
     mixing: Mapping[str, Tensor],
+    lift: Mapping[str, Tensor],
+    spread: Mapping[str, Tensor],
     trust: Tensor | None,
     strength: Tensor,
     ridge: Tensor,
@@ -206,6 +211,8 @@ def fit(
         observed: Pre-activations on them per layer, ``[f, m, r, o]``.
         known: Their means and variances over probes per layer, ``[f, m, o]``.
         mixing: Space -> coefficients over members, ``[f, m, n]``.
+        lift: Space -> logarithm of the gain on the restored spread, ``[f, n]``.
+        spread: What ``disagreement`` returned; where there is none, nothing is lifted.
         trust: What the gate read, ``[f, m, c, TOLD]``; None for a mixture at the outputs, too.
         strength: How far to go, hidden layers and output layer, ``[2]``.
         ridge: See ``refit``.
@@ -220,7 +227,8 @@ def fit(
             return Target(consensus(trust, values), strength[1])
         at = layout.rows(layer)
         rows = at.spread(at.joined(mixing, 2), 2)  # [f, m, out]
-        return Target(mixed_target(values, rows, known[layer.node][1]), strength[0])
+        gain = at.spread(at.joined(lift, 1), 1) * spread[layer.weight][:, None]
+        return Target(mixed_target(values, rows, gain.exp(), known[layer.node][1]), strength[0])
 
     return construct(fused, observed, layout, probes, targets=targets, ridge=ridge)
 

@@ -15,8 +15,10 @@ def test_mixing_by_hand():
     mixed = mixed_target(observed, mixing)
     assert mixed.shape == (1, 2, 1)
     assert mixed.flatten().tolist() == pytest.approx([4.75, -0.25])
+    doubled = mixed_target(observed, mixing, 2.0)
+    assert doubled.flatten().tolist() == pytest.approx([7.25, -2.75])
     # Where spreads are known to be 2 and 6 (of variances 4 and 36), it is stretched to 5.
-    known = mixed_target(observed, mixing, torch.tensor([4.0, 36.0])[None, :, None])
+    known = mixed_target(observed, mixing, known=torch.tensor([4.0, 36.0])[None, :, None])
     assert known.flatten().tolist() == pytest.approx([7.25, -2.75])
     # Evenly mixed: 2.5, 0.5, mean 1.5 and spread 1, stretched to 2.
     assert mean_target(None, observed).value.flatten().tolist() == pytest.approx([3.5, -0.5])

@@ -91,7 +91,7 @@ def test_gradients_reach_every_parameter_that_has_a_say(wired):
     if probes(wired) is not None:
         without |= {"probes"}
     if not wired.layout.unshared:  # nothing to be fitted or changed
-        without |= {"strength", "log_ridge", "gate"}
+        without |= {"strength", "log_ridge", "gain", "gate"}
     for name, parameter in merger.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
         if name == "mix.bias":

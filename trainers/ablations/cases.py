@@ -39,6 +39,7 @@ CASES = (
     WHOLE,
     Case("alignment", "none", aligned=False),
     Case("mixing", "equal shares", held={"mix.*": ALL}),
+    Case("gain", "none", held={"gain.*": ALL}),
     Case("gate", "none", {"gate": False}),
     Case("gate", "equal shares", held={"gate.head.*": (slice(0, 3),)}),
     Case("gate", "shares alike on all inputs", held={"gate.head.*": (slice(1, 3),)}),
