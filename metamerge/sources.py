@@ -9,6 +9,7 @@ from torch import nn
 
 from metamerge.checkpoints import Checkpoint, Source, read_checkpoints
 from metamerge.errors import ConfigError
+from metamerge.mergers import bundled_merger, load_merger
 from metamerge.weights import Weights, check_compatible, check_finite, strip_wrappers
 
 
@@ -84,12 +85,8 @@ def read_merger(merger: Any, method: str) -> Any:
         The merger.
     """
     if merger is None and method == "gnn":
-        from metamerge.mergers import bundled_merger  # torch_geometric takes a second to import
-
         return bundled_merger()
     if isinstance(merger, str | os.PathLike):
-        from metamerge.mergers import load_merger
-
         return load_merger(merger)
     return merger
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from metamerge.calibration import Batches, check_fit, collect
 from metamerge.errors import ConfigError
+from metamerge.mergers import adapt, bundled_merger, fuse
+from metamerge.mergers.inversion import strange
 from metamerge.methods._combination import combine, restore
 from metamerge.options import check_choice, check_count
 from metamerge.structure import Layout
@@ -48,8 +50,6 @@ def merge_learned(
     Raises:
         ConfigError: If the merger is of another kind, or the batches are of no use.
     """
-    from metamerge.mergers import adapt, bundled_merger, fuse  # imports torch-geometric
-
     name = kind.__name__.removesuffix("Merger").lower()
     check_count(name, "refine", refine, none="for what proved best in training")
     check_choice(name, "adapt", adapted, (True, False))
@@ -90,8 +90,6 @@ def _beside_probes(
     Returns:
         What members are watched on, and whether probes are strange to them.
     """
-    from metamerge.mergers.inversion import strange  # imports torch-geometric
-
     probes = merger.probes(inputs.shape[1:])
     told["watched_on"] = f"{len(inputs)} inputs"
     if probes is None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from metamerge.calibration import Batches
+from metamerge.mergers import AutoencoderMerger
 from metamerge.methods._learned import merge_learned
 from metamerge.registry import merge_method
 from metamerge.structure import Layout
@@ -49,8 +50,6 @@ def autoencoder(
         ConfigError: If the merger is something else, or the batches are of no use.
         IncompatibleWeights: If the network's inputs are of unknown shape and there are no batches.
     """
-    from metamerge.mergers import AutoencoderMerger  # imports torch-geometric
-
     return merge_learned(
         weights,
         layout,
