@@ -215,7 +215,7 @@ SKEWED_MERGER = Training(
 )
 MLP_MERGER = Training(
     (FASHION_MLP,),
-    {**SMOOTH, "probes": 2048, "families": 8, "steps": 100, "images": 256, "noise": 0.0},
+    {**SMOOTH, "probes": 1024, "families": 8, "steps": 150, "images": 256, "noise": 0.0},
 )
 CNN_MERGER = {
     "target": 1.0,
