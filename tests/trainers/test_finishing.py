@@ -49,7 +49,7 @@ def test_familiar_is_what_the_family_that_tells_least_apart_nearly_does(digits_z
         for rows in (slice(0, 5), slice(5, None))
     ]
     told = [told_apart(answers_of(group.weights, layout, probes)) for group in groups]
-    assert min(each.min() for each in told) > 0.2
+    assert min(each.min() for each in told) > 0
     found = familiarity(trained_merger, groups)
     assert found == pytest.approx(0.85 * float(torch.cat(told).min()))
     assert found < familiarity(trained_merger, [groups[int(told[0].min() < told[1].min())]])

@@ -27,10 +27,11 @@ from zoo.training import predict
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "trainers" / "merger.py")
-STEPS, SAVE_EVERY = 60, 5
+STEPS, SAVE_EVERY = 120, 5
 SMALL = (
     *("--probes", "32", "--width", "8", "--families", "6", "--images", "128"),
     *("--steps", str(STEPS), "--eval-every", "20", "--save-every", str(SAVE_EVERY)),
+    *("--garbage", "1"),  # so few steps have to see noise in each to learn to leave it out
     *("--average", "0.8"),  # of so few steps: 0.95 would still remember the first ones
 )
 
