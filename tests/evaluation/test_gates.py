@@ -113,15 +113,12 @@ def test_a_trained_merger_passes_all_gates(judge, digits_zoo, trained_merger):
     assert [gate.name for gate in gates if not gate.passed] == []
 
 
-def test_noise_on_a_mergers_parameters_breaks_nothing_that_it_has_not_learned(
-    failed, digits_zoo, trained_merger
-):
+def test_a_merger_with_noise_on_its_parameters_passes_all_gates(failed, digits_zoo, trained_merger):
     noisy = copy.deepcopy(trained_merger)
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    found = failed(lambda members: noisy(members, digits_zoo.layout).weights)
-    assert found <= {"poisoned_member"}  # to leave noise out is learned
+    assert failed(lambda members: noisy(members, digits_zoo.layout).weights) == set()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from metamerge.mergers import GNNConfig, GNNMerger
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.inversion import told_apart
 from trainers.finishing import FILL, REFINING, chosen, familiarity
@@ -42,17 +43,19 @@ def test_one_family_alone_is_no_reason_for_mixtures():
 # ---------------------------------------------------------------------------- familiar probes
 
 
-def test_familiar_is_what_the_family_that_tells_least_apart_nearly_does(digits_zoo, trained_merger):
-    probes, layout = trained_merger.probes((1, 8, 8)), digits_zoo.layout
+def test_familiar_is_what_the_family_that_tells_least_apart_nearly_does(digits_zoo):
+    shape, layout = (1, 8, 8), digits_zoo.layout
+    probes = digits_zoo.objective[0][:64]  # digits, which members do tell apart
+    merger = GNNMerger(GNNConfig(probes=64, shapes=(shape,)), {shape: probes})
     groups = [
         SimpleNamespace(layout=layout, weights={k: t[rows] for k, t in digits_zoo.unseen.items()})
         for rows in (slice(0, 5), slice(5, None))
     ]
     told = [told_apart(answers_of(group.weights, layout, probes)) for group in groups]
-    assert min(each.min() for each in told) > 0
-    found = familiarity(trained_merger, groups)
+    assert min(each.min() for each in told) > 0.2
+    found = familiarity(merger, groups)
     assert found == pytest.approx(0.85 * float(torch.cat(told).min()))
-    assert found < familiarity(trained_merger, [groups[int(told[0].min() < told[1].min())]])
+    assert found < familiarity(merger, [groups[int(told[0].min() < told[1].min())]])
 
 
 def test_members_that_tell_nothing_apart_say_nothing_of_what_is_familiar(
