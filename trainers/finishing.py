@@ -14,19 +14,21 @@ from evaluation.tracking import Run
 from metamerge.errors import MetaMergeError
 from metamerge.mergers import Merger, fuse, refine, save_merger
 from metamerge.mergers.gate import answers_of
-from metamerge.mergers.inversion import told_apart
+from metamerge.mergers.probes import filled_up
+from metamerge.mergers.watching import told_apart
 from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
 
-FILL = 4096  # inputs that mixtures of probes fill up to
-REFINING = (  # steps, and inputs with mixtures, that validation families choose from
-    *((0, 0), (25, 0), (50, 0), (100, 0), (200, 0)),
-    *((200, FILL), (400, FILL)),
+FILL = 1024  # inputs that mixtures of probes fill up to
+REFINING = tuple(  # steps, and inputs of the fit, that validation families choose from
+    (steps, fill) for fill in (0, FILL) for steps in (0, 25, 50, 100, 200)
 )
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
-WORTH = 2e-3  # accuracy that mixtures have to add, whose steps take ten times as long as a merge
+WORTH = 1e-3  # accuracy that mixtures have to add, with which a merge takes twice as long
 STRANGE = 0.85  # of what its validation families tell apart is too little for a merger's probes
+SHOWN = 500  # inputs, at most, that are tried beside the probes
+HARM = 5e-3  # accuracy that they have to cost to be left out: networks at hand may need them more
 GATED = 12  # families per size that gates are run on
 
 
@@ -58,8 +60,10 @@ def finish(
     refined = try_refining(merger, data.validation, goal)
     steps, fill = chosen(refined)
     accuracy = float(refined[steps, fill].mean())
-    least = familiarity(merger, data.validation)
-    merger.config = replace(merger.config, refine=steps, mixtures=fill, familiar=least)
+    merger.config = replace(merger.config, refine=steps, mixtures=fill)
+    joined = float(try_inputs(merger, data, goal).mean())
+    least, useful = familiarity(merger, data.validation), joined > accuracy - HARM
+    merger.config = replace(merger.config, familiar=least, inputs=useful)
     gates = {group.name: gates_of(merger, group) for group in data.validation}
     card = {
         "options": dict(record),
@@ -72,6 +76,7 @@ def finish(
             {"steps": some, "mixtures": filled, "accuracy": float(each.mean())}
             for (some, filled), each in refined.items()
         ],
+        "inputs": {"accuracy": joined, "useful": useful},
         "familiar": least,
         "step": best.step,
         "stopped_at_target": best.stopped,
@@ -94,7 +99,7 @@ def finish(
     share = best.scores["share_above_threshold"]
     console.print(
         f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
-        f"{accuracy:.3f} after {steps} steps of refining{' on mixtures' * bool(fill)}, "
+        f"{accuracy:.3f} after {steps} steps of refining{' after a fit on mixtures' * bool(fill)}, "
         f"{share:.0%} of families above threshold, {best.seconds:.0f} s"
     )
     if failed:
@@ -114,26 +119,51 @@ def try_refining(
         goal: What they are judged by.
 
     Returns:
-        Steps, and inputs that mixtures fill up to -> accuracy of every family, ``[f]``, in float64.
+        Steps, and inputs that mixtures fill up to for the fit -> accuracy of every family, ``[f]``,
+        in float64.
     """
     found: dict[tuple[int, int], list[Tensor]] = {choice: [] for choice in REFINING}
     for group in groups:
+        (wanted, _), layout, probes = judged(group, goal), group.layout, _probes(merger, group)
+        for rows in torch.arange(len(group)).split(max(1, goal.at_once // 4)):  # inputs are many
+            members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
+            for fill in dict.fromkeys(fill for _, fill in REFINING):
+                shown = filled_up(probes, layout, fill, torch.Generator().manual_seed(0))
+                fused, trust = merger(members, layout, shown)
+                for steps in dict.fromkeys(steps for steps, _ in REFINING):
+                    refined = refine(fused, members, layout, probes, trust, steps=steps)
+                    scores = score(refined, group, wanted[rows.to(wanted.device)])
+                    found[steps, fill].append(scores)
+    return {choice: torch.cat(scores).double().cpu() for choice, scores in found.items()}
+
+
+@torch.no_grad()
+def try_inputs(merger: Merger, data: Data, goal: Goal) -> Tensor:
+    """Merge validation families with inputs of their task beside the probes.
+
+    Args:
+        merger: The merger, with its steps of refining.
+        data: Families; the first objective images of training are the inputs, without labels.
+        goal: What they are judged by.
+
+    Returns:
+        Accuracy of every validation family, ``[f]``, in float64.
+    """
+    scores = []
+    for known, group in zip(data.training, data.validation, strict=True):
         wanted, _ = judged(group, goal)
+        shown = torch.cat([known.images[0][:SHOWN], _probes(merger, group)])
         for rows in torch.arange(len(group)).split(goal.at_once):
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            watched = merger.probes.for_members(members, group.layout)
-            fused, trust = merger(members, group.layout, watched)
-            given = (members, group.layout, watched, trust)
-            for (steps, fill), scores in found.items():
-                refined = refine(fused, *given, steps=steps, fill=fill) if steps else fused
-                scores.append(score(refined, group, wanted[rows.to(wanted.device)]))
-    return {choice: torch.cat(scores).double().cpu() for choice, scores in found.items()}
+            fused = fuse(merger, members, group.layout, shown)
+            scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
+    return torch.cat(scores).double().cpu()
 
 
 def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
     """Choose how to refine: in few steps, on mixtures where these are clearly better.
 
-    They take several times as long, so their gain has to be worth that, and to exceed its standard
+    With them a merge takes longer, so their gain has to be worth that, and to exceed its standard
     error over families (the one-SE rule of Breiman, Friedman, Olshen, Stone, "Classification and
     Regression Trees", 1984).
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from metamerge.calibration import check_fit, check_logits, divergence, predict
 from metamerge.mergers.gate import answers_of, consensus
-from metamerge.mergers.inversion import watched_inputs
 from metamerge.mergers.ordering import in_canonical_order
-from metamerge.mergers.refining import descend, refine
+from metamerge.mergers.refining import descend, fuse_on, refine
+from metamerge.mergers.watching import watched_inputs
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
@@ -140,13 +140,12 @@ def _starts(
     merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor
 ) -> tuple[dict[str, Weights], Tensor, Tensor]:
     """Networks to start from, the inputs that hold them, and whom to trust there."""
-    steps, fill = merger.config.refine, merger.config.mixtures
-    probes = watched_inputs(merger, members, layout)[0].inputs
-    starts = {}
-    for name, watched in (("weights only", probes), ("calibrated", inputs)):
-        fused, trust = merger(members, layout, watched)
-        starts[name] = refine(fused, members, layout, watched, trust, steps=steps, fill=fill)
-    return starts, torch.cat([probes, inputs]), trust
+    (watched,) = watched_inputs(merger, members, layout)
+    starts = {"weights only": fuse_on(merger, members, layout, watched)}
+    fused, trust = merger(members, layout, inputs)
+    steps = merger.config.refine
+    starts["calibrated"] = refine(fused, members, layout, inputs, trust, steps=steps)
+    return starts, torch.cat([watched.inputs, inputs]), trust
 
 
 def _folds(labels: Tensor, generator: torch.Generator) -> Tensor:

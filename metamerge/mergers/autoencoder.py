@@ -39,9 +39,10 @@ class AutoencoderConfig:
         skip: Whether decoded rows are added to the mixed ones; without, they stand for themselves,
             and there is no gate and no refit.
         refine: Steps of refining that proved best when the merger was trained.
-        mixtures: Inputs that these steps learn from, filled up by mixtures of probes; 0: none.
+        mixtures: Inputs that mixtures of probes fill up to for the fit; 0: none.
         familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
             to be strange to them; 0: they never are.
+        inputs: Whether inputs may join or replace its probes; not where they did harm in training.
     """
 
     probes: int = 256
@@ -54,6 +55,7 @@ class AutoencoderConfig:
     refine: int = 0
     mixtures: int = 0
     familiar: float = 0.0
+    inputs: bool = True
 
 
 class AutoencoderMerger(nn.Module):

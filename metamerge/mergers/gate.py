@@ -104,3 +104,8 @@ def answers_of(members: Weights, layout: Layout, inputs: Tensor) -> Tensor:
     families, count = next(iter(members.values())).shape[:2]
     flat = {key: tensor.flatten(0, 1) for key, tensor in members.items()}
     return predict(flat, layout, inputs).unflatten(0, (families, count))
+
+
+def is_choice(answers: Tensor) -> bool:
+    """Whether members' answers are logits of classes, ``[m, b, c]``, one choice per input."""
+    return answers.ndim == 3 and answers.shape[-1] > 1

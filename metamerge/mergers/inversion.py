@@ -7,19 +7,17 @@ probes are moved until all classes have their share of them.
 
 Papers: Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR
 2020, arXiv:1912.08795, for inputs that are made from a network, with total variation as their
-prior; Salimans et al., "Improved Techniques for Training GANs", arXiv:1606.03498, section 4, for
-what networks can tell apart as a measure of inputs; Asano, Rupprecht, Vedaldi, "Self-labelling via
-Simultaneous Clustering and Representation Learning", arXiv:1911.05371, for equal shares.
+prior; Asano, Rupprecht, Vedaldi, "Self-labelling via Simultaneous Clustering and Representation
+Learning", arXiv:1911.05371, for equal shares.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from metamerge.mergers.gate import answers_of
+from metamerge.mergers.gate import answers_of, is_choice
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
@@ -29,87 +27,6 @@ SMOOTH = 8.0  # weight of the total variation, whose unit is that of the start
 FEW = 2  # members that are asked in a step, drawn anew for each
 APART = 0.25  # of the median agreement with the others: who has less is not asked
 ROUNDS = 20  # in which classes and inputs take turns to get their shares
-
-
-class Watched(NamedTuple):
-    """What some families are watched on.
-
-    Attributes:
-        families: Their numbers, ``[n]``.
-        inputs: Inputs, ``[b, ...]``.
-        told: What these are, in words.
-    """
-
-    families: Tensor
-    inputs: Tensor
-    told: str = "inputs"
-
-
-def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[Watched]:
-    """What members are to be watched on when nothing but weights is given.
-
-    Args:
-        merger: A merger, with ``probes`` and, in its ``config``, what is ``familiar``.
-        members: Aligned members in canonical order, ``[f, m, ...]``; one family where the merger
-            has no probes of their inputs' shape.
-        layout: Their architecture.
-
-    Returns:
-        The merger's probes for all families to whose members they are familiar, and for each of
-        the others the probes and as many inputs that were made of them. Inputs that had to be
-        imagined are familiar to none.
-    """
-    probes = merger.probes.for_members(members, layout).detach()
-    learned = merger.probes(probes.shape[1:]) is not None
-    if learned:
-        told, odd = f"{len(probes)} learned probes", strange(merger, members, layout, probes)
-    else:
-        told = f"{len(probes)} imagined inputs"
-        odd = torch.ones(len(next(iter(members.values()))), dtype=torch.bool)
-    found = [] if odd.all() else [Watched((~odd).nonzero()[:, 0], probes, told)]
-    words = f"{told}{', strange to the members,' * learned} and {len(probes)} made from the members"
-    grid = merger.probes.grid(probes.shape[1:])
-    for family in odd.nonzero():
-        own = {key: tensor[family.to(tensor.device)] for key, tensor in members.items()}
-        made = invert(own, layout, probes, grid)
-        found.append(Watched(family, torch.cat([probes, made]), words))
-    return found
-
-
-def strange(merger: nn.Module, members: Weights, layout: Layout, probes: Tensor) -> Tensor:
-    """Whether members tell less of a merger's probes apart than those it was trained for.
-
-    Args:
-        merger: A merger, whose ``config`` says what is ``familiar``.
-        members: Aligned members, ``[f, m, ...]``.
-        layout: Their architecture.
-        probes: The merger's probes, ``[p, ...]``.
-
-    Returns:
-        Booleans, ``[f]``.
-    """
-    least = merger.config.familiar
-    if not least:
-        return torch.zeros(len(next(iter(members.values()))), dtype=torch.bool)
-    return told_apart(answers_of(members, layout, probes)).cpu() < least
-
-
-def told_apart(answers: Tensor) -> Tensor:
-    """How much members tell inputs apart: entropy of their votes less that of their answers.
-
-    Args:
-        answers: Members' logits, ``[f, m, b, c]``.
-
-    Returns:
-        ``[f]``, in units of the logarithm of the number of classes: 1 where members are sure of
-        everything and every class gets its share of the soft vote's votes, 0 or less where all
-        inputs are one to them. What is no choice among classes counts as told apart.
-    """
-    if not _is_choice(answers[0]):
-        return torch.ones(len(answers))
-    likely, classes = answers.float().softmax(-1), answers.shape[-1]
-    votes = F.one_hot(likely.mean(1).argmax(-1), classes).float().mean(1)  # [f, c]
-    return _entropy(votes) - _entropy(likely).mean((1, 2))
 
 
 def invert(members: Weights, layout: Layout, start: Tensor, grid: Sequence[int]) -> Tensor:
@@ -131,7 +48,7 @@ def invert(members: Weights, layout: Layout, start: Tensor, grid: Sequence[int])
         of it where members do not choose among classes.
     """
     answers = answers_of(members, layout, start)[0]
-    if not _is_choice(answers):
+    if not is_choice(answers):
         return start.clone()
     likely = answers.softmax(-1)
     sound = in_agreement(likely)
@@ -165,12 +82,23 @@ def in_agreement(likely: Tensor) -> Tensor:
         likely: Probabilities that members give to classes, ``[m, b, c]``.
 
     Returns:
-        Their numbers, ``[n]``: those whose agreement with the mean of the others, the probability
-        that both name the same class, is at least a quarter of the median of all.
+        Their numbers, ``[n]``: those whose agreement is at least a quarter of the median of all.
+    """
+    found = agreement(likely)
+    return (found >= APART * found.median()).nonzero()[:, 0]
+
+
+def agreement(likely: Tensor) -> Tensor:
+    """How far every member agrees with the others.
+
+    Args:
+        likely: Probabilities that members give to classes, ``[m, b, c]``.
+
+    Returns:
+        The probability that it and the mean of the others name the same class, ``[m]``.
     """
     others = (likely.sum(0) - likely) / max(1, len(likely) - 1)
-    agreement = (likely * others).sum(-1).mean(1)
-    return (agreement >= APART * agreement.median()).nonzero()[:, 0]
+    return (likely * others).sum(-1).mean(1)
 
 
 def equal_shares(likely: Tensor) -> Tensor:
@@ -189,16 +117,6 @@ def equal_shares(likely: Tensor) -> Tensor:
     return plan.argmax(-1)
 
 
-def _is_choice(answers: Tensor) -> bool:
-    """Whether members' answers are logits of classes, ``[m, b, c]``, one choice per input."""
-    return answers.ndim == 3 and answers.shape[-1] > 1
-
-
 def _variation(images: Tensor) -> Tensor:
     """Total variation of images, ``[b, c, h, w]``, per number."""
     return images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()
-
-
-def _entropy(likely: Tensor) -> Tensor:
-    """In units of the logarithm of the number of classes."""
-    return torch.special.entr(likely).sum(-1) / torch.tensor(likely.shape[-1]).log()

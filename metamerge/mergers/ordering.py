@@ -23,9 +23,7 @@ def in_canonical_order(members: Weights, layout: Layout) -> tuple[Weights, Permu
         The same members in another order, with their units in another order, and the permutation
         of the units, group -> ``[f, n]``, for ``spec.unpermute`` to undo; nested groups stay.
     """
-    spec, floats = layout.spec, [k for k, t in members.items() if t.is_floating_point()]
-    size = sum(members[key].double().square().flatten(2).sum(-1) for key in floats)  # [f, m]
-    order = size.argsort(-1)
+    spec, order = layout.spec, member_order(members)
     rows = torch.arange(len(order), device=order.device)[:, None]
     members = {key: tensor[rows, order] for key, tensor in members.items()}
     perm = {
@@ -39,6 +37,19 @@ def in_canonical_order(members: Weights, layout: Layout) -> tuple[Weights, Permu
         for group, index in perm.items()
     }
     return spec.permute(members, every), perm
+
+
+def member_order(members: Weights) -> Tensor:
+    """Members sorted by sums of squares.
+
+    Args:
+        members: ``[f, m, ...]``.
+
+    Returns:
+        Their numbers, ``[f, m]``.
+    """
+    floats = [tensor for tensor in members.values() if tensor.is_floating_point()]
+    return sum(t.double().square().flatten(2).sum(-1) for t in floats).argsort(-1)
 
 
 def _unit_sizes(members: Weights, layout: Layout, group: str) -> Tensor:

@@ -101,6 +101,43 @@ def probe_start(images: Tensor, count: int, generator: torch.Generator) -> Tenso
     return images[torch.cat(picks)[:count]]
 
 
+def filled_up(inputs: Tensor, layout: Layout, count: int, generator: torch.Generator) -> Tensor:
+    """Inputs, and mixtures of them where they are fewer than wanted.
+
+    Args:
+        inputs: ``[b, ...]``.
+        layout: Layers of the networks that take them.
+        count: How many are wanted.
+        generator: Source of randomness.
+
+    Returns:
+        ``[max(b, count), ...]``; the inputs alone where they are tokens, which cannot be mixed.
+    """
+    if count <= len(inputs) or not any(layer.reads_inputs for layer in layout.layers):
+        return inputs
+    return torch.cat([inputs, mixtures(inputs, count - len(inputs), generator)])
+
+
+def mixtures(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Mix pairs of inputs: more than half of one, and the rest of another.
+
+    Paper: Zhang et al., "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412; for
+    distillation, whose targets need no mixing, Beyer et al., "Knowledge Distillation: A Good
+    Teacher Is Patient and Consistent", arXiv:2106.05237.
+
+    Args:
+        inputs: ``[b, ...]``.
+        count: How many.
+        generator: Source of randomness.
+
+    Returns:
+        ``[count, ...]``.
+    """
+    pairs = torch.randint(len(inputs), (2, count), generator=generator).to(inputs.device)
+    share = torch.rand(count, generator=generator).mul(0.5).to(inputs)
+    return inputs[pairs[0]].lerp(inputs[pairs[1]], share.reshape(-1, *[1] * (inputs.ndim - 1)))
+
+
 def imagine(members: Weights, layout: Layout, count: int, generator: torch.Generator) -> Tensor:
     """Draw inputs that the first layers of members respond to.
 

@@ -2,8 +2,9 @@
 
 Distillation (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
 arXiv:1503.02531) of a consensus that a merger has learned to weigh, from a start that it has fused,
-on probes that it has learned: no images are needed, and some dozens of steps are enough. A few
-hundred probes are too few for more steps than that, so mixtures of them stand beside them.
+on probes that it has learned: no images are needed, and some dozens of steps are enough. The fit
+that they start from is a closed form, which learns a few hundred inputs by heart where a layer
+reads many units: mixtures of them can stand beside them there.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from metamerge.calibration import check_fit, divergence, predict
 from metamerge.mergers.gate import answers_of, consensus
-from metamerge.mergers.inversion import Watched, watched_inputs
-from metamerge.mergers.ordering import in_canonical_order
+from metamerge.mergers.ordering import in_canonical_order, member_order
+from metamerge.mergers.probes import filled_up
+from metamerge.mergers.watching import Watched, watched_inputs
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
@@ -23,6 +25,8 @@ BATCH = 64  # inputs per step
 TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
+MIXED = 2048  # inputs that mixtures fill up to for the fit, where they stand alone
+LONGER = 4  # times as many steps on inputs that stand alone
 AGREED = 1e-6  # divergence below which there is nothing to refine
 
 
@@ -32,6 +36,7 @@ def fuse(
     layout: Layout,
     inputs: Tensor | None = None,
     *,
+    alone: bool = False,
     steps: int | None = None,
     report: dict[str, Any] | None = None,
 ) -> Weights:
@@ -42,8 +47,11 @@ def fuse(
         members: Aligned members of ``f`` families, ``[f, m, ...]``.
         layout: Their architecture.
         inputs: Calibration inputs that take the place of the merger's probes, ``[b, ...]``.
+        alone: Whether these stand alone because the probes are strange to the members. They are
+            learned from for longer then, and with more mixtures.
         steps: Steps of refining; None for as many as proved best when the merger was trained.
-        report: Takes what members of the first family were ``watched_on``, if not on inputs.
+        report: Takes what members of the first family were ``watched_on``, if not on inputs, and
+            the number of the one that was ``kept`` as it is, if any.
 
     Returns:
         Fused weights, ``[f, ...]``.
@@ -51,34 +59,70 @@ def fuse(
     Raises:
         ConfigError: If the inputs are not those of this architecture.
     """
+    given = members
     members, perm = in_canonical_order(members, layout)
     if inputs is None:
         watched = watched_inputs(merger, members, layout)
         if report is not None:
-            report["watched_on"] = watched[0].told
+            first = watched[0]
+            report["watched_on"] = first.told
+            if first.kept is not None:
+                order = member_order(given)[int(first.families[0])]
+                report["kept"] = int(order[first.kept])
+                report["note"] = (
+                    "the members agree on nearly all inputs that were made from them: the one that "
+                    "agrees most with the others is kept as it is. Pass inputs of their task "
+                    "(batches=) to fuse them."
+                )
     else:
         check_fit(layout.program, inputs)
-        watched = [Watched(torch.arange(len(next(iter(members.values())))), inputs)]
+        every = torch.arange(len(next(iter(members.values()))))
+        watched = [Watched(every, inputs, f"{len(inputs)} inputs", alone=alone)]
+        if alone and steps is None:
+            steps = LONGER * merger.config.refine
     parts = []
-    for chosen, shown, _ in watched:
-        own = {key: tensor[chosen.to(tensor.device)] for key, tensor in members.items()}
-        parts.append(_fuse_on(merger, own, layout, shown, steps))
+    for each in watched:
+        own = {key: tensor[each.families.to(tensor.device)] for key, tensor in members.items()}
+        parts.append(fuse_on(merger, own, layout, each, steps=steps))
     back = torch.cat([each.families for each in watched]).argsort()
     joined = {key: torch.cat([part[key] for part in parts]) for key in members}
     fused = {key: tensor[back.to(tensor.device)] for key, tensor in joined.items()}
     return layout.spec.unpermute(fused, perm)
 
 
-def _fuse_on(
-    merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor, steps: int | None
+def fuse_on(
+    merger: nn.Module,
+    members: Weights,
+    layout: Layout,
+    watched: Watched,
+    *,
+    steps: int | None = None,
 ) -> Weights:
-    """Merge and refine families that are watched on the same inputs."""
-    fused, trust = merger(members, layout, inputs)
+    """Merge and refine families that are watched on the same inputs, or keep one of their members.
+
+    Args:
+        merger: A trained merger.
+        members: Their aligned members in canonical order, ``[f, m, ...]``.
+        layout: Their architecture.
+        watched: What they are watched on, and which member is to be kept.
+        steps: Steps of refining; None for as many as proved best when the merger was trained, and
+            for none where a member is kept.
+
+    Returns:
+        Weights ``[f, ...]``, with units in the order of the members.
+    """
+    alone = None
+    if watched.kept is not None:
+        alone = {key: tensor[:, watched.kept] for key, tensor in members.items()}
+        if not steps:
+            return alone
+    fill = MIXED if watched.alone else merger.config.mixtures
+    shown = filled_up(watched.inputs, layout, fill, torch.Generator().manual_seed(0))
+    fused, trust = merger(members, layout, shown)
     steps = merger.config.refine if steps is None else steps
     if not steps:
         return fused
-    fill = merger.config.mixtures
-    return refine(fused, members, layout, inputs.detach(), trust, steps=steps, fill=fill)
+    return refine(alone or fused, members, layout, watched.inputs.detach(), trust, steps=steps)
 
 
 def refine(
@@ -89,7 +133,6 @@ def refine(
     trust: Tensor,
     *,
     steps: int,
-    fill: int = 0,
     lr: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Weights:
@@ -102,17 +145,14 @@ def refine(
         inputs: Probes or calibration inputs, ``[b, ...]``.
         trust: What the gate read of the members, ``[f, m, c, TOLD]``.
         steps: Number of steps; the learning rate falls to 0 over them.
-        fill: Number of inputs that mixtures of them fill up to, where inputs can be mixed.
         lr: Learning rate of the first step.
-        generator: Source of the mixtures, and of the order of inputs.
+        generator: Source of the order of inputs.
 
     Returns:
         New weights ``[f, ...]``; what belongs to no layer is as it was, and so is a network that
         says what its members say already.
     """
     chosen = generator or torch.Generator().manual_seed(0)
-    if fill > len(inputs) and any(layer.reads_inputs for layer in layout.layers):  # not tokens
-        inputs = torch.cat([inputs, mixtures(inputs, fill - len(inputs), chosen)])
     with torch.no_grad():
         agreed = consensus(trust.detach(), answers_of(members, layout, inputs))
         apart = divergence(predict(fused, layout, inputs), agreed.softmax(-1))
@@ -125,26 +165,6 @@ def refine(
         return divergence(logits / TEMPERATURE, wanted[:, rows])
 
     return descend(fused, layout, loss, steps=steps, lr=rates)
-
-
-def mixtures(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Mix pairs of inputs: more than half of one, and the rest of another.
-
-    Paper: Zhang et al., "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412; for
-    distillation, whose targets need no mixing, Beyer et al., "Knowledge Distillation: A Good
-    Teacher Is Patient and Consistent", arXiv:2106.05237.
-
-    Args:
-        inputs: ``[b, ...]``.
-        count: How many.
-        generator: Source of randomness.
-
-    Returns:
-        ``[count, ...]``.
-    """
-    pairs = torch.randint(len(inputs), (2, count), generator=generator).to(inputs.device)
-    share = torch.rand(count, generator=generator).mul(0.5).to(inputs)
-    return inputs[pairs[0]].lerp(inputs[pairs[1]], share.reshape(-1, *[1] * (inputs.ndim - 1)))
 
 
 def descend(

@@ -4,19 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from metamerge.calibration import Batches, check_fit, collect
+from metamerge.calibration import Batches, collect
 from metamerge.errors import ConfigError
 from metamerge.mergers import adapt, bundled_merger, fuse
-from metamerge.mergers.inversion import strange
+from metamerge.mergers.watching import watched_beside
 from metamerge.methods._combination import combine, restore
 from metamerge.options import check_choice, check_count
 from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, widened
-
-ENOUGH = 1000  # inputs from which on they need no probes beside them
-LONGER = 4  # times as many steps of refining on inputs where the probes are strange
 
 
 def merge_learned(
@@ -69,35 +66,13 @@ def merge_learned(
     told: dict[str, Any] = {}
     if labels is not None and adapted:
         fused = adapt(merger, members, layout, inputs, labels, generator=generator, report=told)
+    elif inputs is None:
+        fused = fuse(merger, members, layout, steps=refine, report=told)
     else:
-        watched, longer = None, False
-        if inputs is not None:
-            watched, longer = _beside_probes(merger, members, layout, inputs, told)
-        steps = LONGER * merger.config.refine if longer and refine is None else refine
-        fused = fuse(merger, members, layout, watched, steps=steps, report=told)
+        watched = watched_beside(merger, members, layout, inputs)
+        told["watched_on"] = watched.told
+        shown, alone = watched.inputs, watched.alone
+        fused = fuse(merger, members, layout, shown, alone=alone, steps=refine)
     if report is not None:
         report.update(told)
     return restore({key: tensor[0] for key, tensor in fused.items()}, weights)
-
-
-def _beside_probes(
-    merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor, told: dict[str, Any]
-) -> tuple[Tensor, bool]:
-    """Learned probes beside inputs that are few, unless they are strange to the members.
-
-    Those would do harm there; inputs alone can be learned from for longer.
-
-    Returns:
-        What members are watched on, and whether probes are strange to them.
-    """
-    probes = merger.probes(inputs.shape[1:])
-    told["watched_on"] = f"{len(inputs)} inputs"
-    if probes is None:
-        return inputs, False
-    check_fit(layout.program, inputs)
-    if strange(merger, members, layout, probes.detach()).any():
-        return inputs, True
-    if len(inputs) >= ENOUGH:
-        return inputs, False
-    told["watched_on"] += f" and {len(probes)} learned probes"
-    return torch.cat([inputs, probes.to(inputs)]), False

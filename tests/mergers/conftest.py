@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +59,35 @@ def make_merger():
         return merger.requires_grad_(grad)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def only():
+    """One family of several."""
+
+    def only(members, family):
+        return {key: tensor[family : family + 1] for key, tensor in members.items()}
+
+    return only
+
+
+@pytest.fixture(scope="session")
+def familiar():
+    """Tell a merger how much members have to tell apart."""
+
+    def familiar(merger, least):
+        merger.config = replace(merger.config, familiar=least)
+        return merger
+
+    return familiar
+
+
+@pytest.fixture(scope="session")
+def knowing():
+    """Members whose output layers say more than an init does, so that answers are not all alike."""
+
+    def knowing(case, *, of=3.0):
+        last = list(case.members)[-2:]
+        return {key: of * t if key in last else t for key, t in case.members.items()}
+
+    return knowing

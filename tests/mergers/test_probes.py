@@ -8,7 +8,7 @@ from torch import nn
 
 from metamerge.errors import IncompatibleWeights
 from metamerge.mergers import probe_start
-from metamerge.mergers.probes import Probes, imagine, name_of
+from metamerge.mergers.probes import Probes, filled_up, imagine, mixtures, name_of
 from metamerge.structure import Layout, discover_program, trace
 from metamerge.weights import stack
 
@@ -213,3 +213,27 @@ def test_tokens_are_not_imagined(wired_network, name):
     wired = wired_network(name)
     with pytest.raises(IncompatibleWeights, match="read by a linear layer or a convolution"):
         imagine(wired.members, wired.layout, 3, seeded())
+
+
+def test_a_mixture_is_more_than_half_of_one_input_and_the_rest_of_another():
+    inputs = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    found = mixtures(inputs, 500, torch.Generator().manual_seed(0))
+    assert found.shape == (500, 3)
+    assert torch.allclose(found.sum(1), torch.ones(500))
+    assert found.amax(1).min() >= 0.5
+    assert found.amax(1).min() < 0.51
+    assert (found.amax(1) == 1).float().mean() == pytest.approx(1 / 3, abs=0.07)  # 3 deviations
+    assert found.argmax(1).unique().tolist() == [0, 1, 2]
+    assert ((found > 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "expected"),
+    [("vision", 0, 40), ("vision", 30, 40), ("vision", 256, 256), ("encoder", 256, 40)],
+)
+def test_mixtures_fill_up_inputs_but_tokens(wired_network, name, count, expected):
+    wired = wired_network(name)
+    found, more = filled_up(wired.inputs, wired.layout, count, seeded()), wired.inputs[:0]
+    if expected > 40:
+        more = mixtures(wired.inputs, expected - 40, seeded())
+    assert torch.equal(found, torch.cat([wired.inputs, more]))

@@ -8,11 +8,12 @@ from torch import nn
 from metamerge.alignment import weight_matching
 from metamerge.calibration import divergence, predict
 from metamerge.errors import ConfigError
-from metamerge.mergers import consensus, fuse, refine, refining
+from metamerge.mergers import consensus, fuse, refine
 from metamerge.mergers.gate import answers_of
-from metamerge.mergers.inversion import watched_inputs
 from metamerge.mergers.ordering import in_canonical_order
-from metamerge.mergers.refining import AGREED, descend, mixtures
+from metamerge.mergers.probes import mixtures
+from metamerge.mergers.refining import AGREED, descend
+from metamerge.mergers.watching import watched_inputs
 from metamerge.structure import Layout, discover_program, run, trace
 from metamerge.weights import stack
 
@@ -202,39 +203,6 @@ def test_more_inputs_than_a_step_takes_are_drawn_by_the_generator(mlp_case):
     assert furthest(refined(1), refined(0)) > 0
 
 
-def test_a_mixture_is_more_than_half_of_one_input_and_the_rest_of_another():
-    inputs = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
-    found = mixtures(inputs, 500, torch.Generator().manual_seed(0))
-    assert found.shape == (500, 3)
-    assert torch.allclose(found.sum(1), torch.ones(500))
-    assert found.amax(1).min() >= 0.5
-    assert found.amax(1).min() < 0.51
-    assert (found.amax(1) == 1).float().mean() == pytest.approx(1 / 3, abs=0.07)  # 3 deviations
-    assert found.argmax(1).unique().tolist() == [0, 1, 2]
-    assert ((found > 0).sum(1) <= 2).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "fill", "asked"),
-    [("vision", 0, 40), ("vision", 30, 40), ("vision", 256, 256), ("encoder", 256, 40)],
-)
-def test_mixtures_fill_up_what_is_there_to_learn_from_but_tokens(
-    wired_network, monkeypatch, name, fill, asked
-):
-    wired, found = wired_network(name), []
-
-    def answers(members, layout, inputs):
-        found.append(inputs)
-        return answers_of(members, layout, inputs)
-
-    monkeypatch.setattr(refining, "answers_of", answers)
-    monkeypatch.setattr(refining, "descend", lambda weights, *_, **__: weights)
-    start, trust = average(wired.members), drawn_trust(2, 3)
-    refine(start, wired.members, wired.layout, wired.inputs, trust, steps=4, fill=fill)
-    assert len(found[0]) == asked
-    assert torch.equal(found[0][:40], wired.inputs)
-
-
 def test_refining_needs_no_gradient_to_be_switched_on(mlp_case):
     start, trust = average(mlp_case.members), drawn_trust(2)
     given = (start, mlp_case.members, mlp_case.layout, mlp_case.inputs, trust)
@@ -267,13 +235,17 @@ def test_without_steps_fusing_is_the_merger_itself(case, make_merger):
         assert furthest(fuse(merger, members, case.layout, inputs), expected) < 1e-5
 
 
-def test_steps_refine_on_what_members_were_watched_on(case, make_merger):
-    merger = make_merger(refine=4, mixtures=64)
+@pytest.mark.parametrize("mixed", [0, 64])
+def test_steps_refine_on_what_members_were_watched_on_after_a_fit_on_mixtures(
+    case, make_merger, mixed
+):
+    merger = make_merger(refine=4, mixtures=mixed)
     members, perm = in_canonical_order(align(case), case.layout)
     for inputs in (None, case.inputs):
-        fused, trust = merger(members, case.layout, inputs)
         watched = merger.probes.for_members(members, case.layout) if inputs is None else inputs
-        expected = refine(fused, members, case.layout, watched, trust, steps=4, fill=64)
+        more = mixtures(watched, max(0, mixed - len(watched)), torch.Generator().manual_seed(0))
+        fused, trust = merger(members, case.layout, torch.cat([watched, more]))
+        expected = refine(fused, members, case.layout, watched, trust, steps=4)
         found = fuse(merger, align(case), case.layout, inputs)
         assert furthest(found, case.layout.spec.unpermute(expected, perm)) < 1e-6
         assert furthest(expected, fused) > 1e-4
@@ -308,6 +280,20 @@ def test_a_network_of_other_inputs_is_refined_on_imagined_ones(make_case, make_m
     given = fuse(merger, members, case.layout, watched.inputs, steps=3)
     assert furthest(fused, given) < 1e-5
     assert furthest(fused, fuse(merger, members, case.layout, steps=0)) > 1e-4
+
+
+@pytest.mark.parametrize("steps", [None, 0, 3])
+def test_inputs_that_stand_alone_are_mixed_for_the_fit_and_learned_from_for_longer(
+    mlp_case, make_merger, steps
+):
+    merger, inputs, layout = make_merger(refine=2), mlp_case.inputs, mlp_case.layout
+    members, perm = in_canonical_order(align(mlp_case), layout)
+    mixed = torch.cat([inputs, mixtures(inputs, 2018, torch.Generator().manual_seed(0))])
+    fused, trust = merger(members, layout, mixed)
+    wanted = refine(fused, members, layout, inputs, trust, steps=8 if steps is None else steps)
+    found = fuse(merger, align(mlp_case), layout, inputs, alone=True, steps=steps)
+    assert furthest(found, layout.spec.unpermute(wanted, perm)) < 1e-6
+    assert furthest(found, fuse(merger, align(mlp_case), layout, inputs, steps=steps)) > 1e-4
 
 
 def test_calibration_inputs_of_another_shape_are_refused(mlp_case, make_merger):

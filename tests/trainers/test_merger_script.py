@@ -13,10 +13,11 @@ import torch
 
 from evaluation.metrics import accuracy
 from metamerge import merge
+from metamerge.alignment import weight_matching
 from metamerge.checkpoints import read_checkpoints
 from metamerge.errors import ConfigError
-from metamerge.mergers import load_merger, read_card
-from metamerge.mergers.inversion import told_apart
+from metamerge.mergers import fuse, load_merger, read_card
+from metamerge.mergers.watching import told_apart
 from metamerge.weights import stack
 from trainers.finishing import ENOUGH, REFINING
 from trainers.merger import MergerOptions, fingerprint, main
@@ -188,7 +189,9 @@ def test_the_steps_of_refining_are_those_that_validation_families_chose(trained)
     alike = {c: score for c, score in refining.items() if c[1] == config.mixtures}
     assert choice == min(c for c, score in alike.items() if score >= max(alike.values()) - ENOUGH)
     words = f"{refining[choice]:.3f} after {config.refine} steps of refining"
-    assert words + " on mixtures" * bool(config.mixtures) in " ".join(trained.out.split())
+    assert words + " after a fit on mixtures" * bool(config.mixtures) in " ".join(
+        trained.out.split()
+    )
 
 
 def test_what_is_familiar_is_less_than_any_validation_family_tells_apart(trained, zoo):
@@ -201,6 +204,24 @@ def test_what_is_familiar_is_less_than_any_validation_family_tells_apart(trained
         least.append(told_apart(answers.unflatten(0, (-1, members))).min())
     assert merger.config.familiar == pytest.approx(max(0, 0.85 * float(min(least))), abs=1e-4)
     assert trained.card["familiar"] == merger.config.familiar
+
+
+def test_whether_inputs_are_of_use_is_what_validation_families_say(trained, zoo):
+    merger, found = load_merger(trained.folder), []
+    told = {(row["steps"], row["mixtures"]): row["accuracy"] for row in trained.card["refining"]}
+    split = split_of(zoo)
+    images, classes = split.images("validation")
+    shown = torch.cat([split.images("objective")[0], merger.probes((1, 8, 8)).detach()])
+    for members in (2, 3):
+        families = zoo.families("validation", members)
+        aligned = zoo.layout.spec.permute(families, weight_matching(families, zoo.layout.spec))
+        fused = fuse(merger, aligned, zoo.layout, shown)
+        named = predict(zoo.layout.program, fused, images).argmax(-1)
+        found += (named == classes).float().mean(1).tolist()
+    accuracy = sum(found) / len(found)
+    assert trained.card["inputs"]["accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    useful = accuracy > told[merger.config.refine, merger.config.mixtures] - 0.005
+    assert merger.config.inputs == trained.card["inputs"]["useful"] == useful
 
 
 def test_every_gate_was_measured_and_passed(trained):

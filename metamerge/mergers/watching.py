@@ -1,0 +1,166 @@
+"""Watching: the inputs that members are shown, and whom these say to leave as they are.
+
+A merger's own probes are best where its members are of its tasks. Where the probes are strange to
+them, inputs that are made from the members stand beside them. Members that agree on nearly all of
+those are alike: every one of them knows what all know, while a network that is fused on inputs of
+no task loses more than there is to gain. The one that agrees most with the others is kept then.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metamerge.calibration import check_fit
+from metamerge.mergers.gate import answers_of, is_choice
+from metamerge.mergers.inversion import agreement, in_agreement, invert
+from metamerge.structure import Layout
+from metamerge.weights import Weights
+
+ALIKE = 0.8  # median agreement on made inputs from which on a member is kept as it is
+ENOUGH = 1000  # inputs from which on they need no probes beside them
+
+
+class Watched(NamedTuple):
+    """What some families are watched on.
+
+    Attributes:
+        families: Their numbers, ``[n]``.
+        inputs: Inputs, ``[b, ...]``.
+        told: What these are, in words.
+        kept: Number of the member to be kept as it is; None to fuse all.
+        alone: Whether these are given inputs without the merger's probes, which are strange.
+    """
+
+    families: Tensor
+    inputs: Tensor
+    told: str
+    kept: int | None = None
+    alone: bool = False
+
+
+def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[Watched]:
+    """What members are to be watched on when nothing but weights is given.
+
+    Args:
+        merger: A merger, with ``probes`` and, in its ``config``, what is ``familiar``.
+        members: Aligned members in canonical order, ``[f, m, ...]``; one family where the merger
+            has no probes of their inputs' shape.
+        layout: Their architecture.
+
+    Returns:
+        The merger's probes for all families to whose members they are familiar; for each of the
+        others the probes and as many inputs that were made of them, and the number of the member to
+        be kept, if they are alike. Inputs that had to be imagined are familiar to none.
+    """
+    probes = merger.probes.for_members(members, layout).detach()
+    learned = merger.probes(probes.shape[1:]) is not None
+    if learned:
+        told, odd = f"{len(probes)} learned probes", strange(merger, members, layout, probes)
+    else:
+        told = f"{len(probes)} imagined inputs"
+        odd = torch.ones(len(next(iter(members.values()))), dtype=torch.bool)
+    found = [] if odd.all() else [Watched((~odd).nonzero()[:, 0], probes, told)]
+    words = f"{told}{', strange to the members,' * learned} and {len(probes)} made from the members"
+    grid = merger.probes.grid(probes.shape[1:])
+    for family in odd.nonzero():
+        own = {key: tensor[family.to(tensor.device)] for key, tensor in members.items()}
+        made = invert(own, layout, probes, grid)
+        kept = typical(answers_of(own, layout, made)[0])
+        found.append(Watched(family, torch.cat([probes, made]), words, kept))
+    return found
+
+
+def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor) -> Watched:
+    """What members of one family are to be watched on when inputs are given.
+
+    Args:
+        merger: A merger, whose ``config`` says whether ``inputs`` are of use beside its probes.
+        members: Aligned members, ``[1, m, ...]``.
+        layout: Their architecture.
+        inputs: ``[b, ...]``.
+
+    Returns:
+        The inputs, and learned probes beside them where they are few; strange probes would do harm
+        there. Where inputs have proved to be worth less than the merger's probes, these alone.
+
+    Raises:
+        ConfigError: If the inputs are not those of this architecture.
+    """
+    check_fit(layout.program, inputs)
+    one, told = torch.zeros(1, dtype=torch.long), f"{len(inputs)} inputs"
+    probes = merger.probes(inputs.shape[1:])
+    if probes is None:
+        return Watched(one, inputs, told)
+    probes = probes.detach()
+    if strange(merger, members, layout, probes).any():
+        return Watched(one, inputs, told, alone=True)
+    own = f"{len(probes)} learned probes"
+    if not merger.config.inputs:
+        return Watched(one, probes, f"{own}; beside these, inputs did harm in training")
+    if len(inputs) >= ENOUGH:
+        return Watched(one, inputs, told)
+    return Watched(one, torch.cat([inputs, probes.to(inputs)]), f"{told} and {own}")
+
+
+def strange(merger: nn.Module, members: Weights, layout: Layout, probes: Tensor) -> Tensor:
+    """Whether members tell less of a merger's probes apart than those it was trained for.
+
+    Args:
+        merger: A merger, whose ``config`` says what is ``familiar``.
+        members: Aligned members, ``[f, m, ...]``.
+        layout: Their architecture.
+        probes: The merger's probes, ``[p, ...]``.
+
+    Returns:
+        Booleans, ``[f]``.
+    """
+    least = merger.config.familiar
+    if not least:
+        return torch.zeros(len(next(iter(members.values()))), dtype=torch.bool)
+    return told_apart(answers_of(members, layout, probes)).cpu() < least
+
+
+def told_apart(answers: Tensor) -> Tensor:
+    """How much members tell inputs apart: entropy of their votes less that of their answers.
+
+    Paper: Salimans et al., "Improved Techniques for Training GANs", arXiv:1606.03498, section 4,
+    for what networks can tell apart as a measure of inputs.
+
+    Args:
+        answers: Members' logits, ``[f, m, b, c]``.
+
+    Returns:
+        ``[f]``, in units of the logarithm of the number of classes: 1 where members are sure of
+        everything and every class gets its share of the soft vote's votes, 0 or less where all
+        inputs are one to them. What is no choice among classes counts as told apart.
+    """
+    if not is_choice(answers[0]):
+        return torch.ones(len(answers))
+    likely, classes = answers.float().softmax(-1), answers.shape[-1]
+    votes = F.one_hot(likely.mean(1).argmax(-1), classes).float().mean(1)  # [f, c]
+    return _entropy(votes) - _entropy(likely).mean((1, 2))
+
+
+def typical(answers: Tensor) -> int | None:
+    """The member that speaks for all, where members are alike.
+
+    Args:
+        answers: Members' logits on inputs that were made from them, ``[m, b, c]``.
+
+    Returns:
+        Number of the member that agrees most with the others, if half of those that have anything
+        in common agree on at least ``ALIKE``; None otherwise, and where there are no classes.
+    """
+    if not is_choice(answers):
+        return None
+    likely = answers.float().softmax(-1)
+    sound = in_agreement(likely)
+    found = agreement(likely[sound])
+    return int(sound[found.argmax()]) if found.median() >= ALIKE else None
+
+
+def _entropy(likely: Tensor) -> Tensor:
+    """In units of the logarithm of the number of classes."""
+    return torch.special.entr(likely).sum(-1) / torch.tensor(likely.shape[-1]).log()

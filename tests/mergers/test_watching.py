@@ -1,0 +1,264 @@
+"""Watching: which probes are strange to members, what stands beside these, and who is kept."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from metamerge.alignment import weight_matching
+from metamerge.calibration import predict
+from metamerge.mergers import fuse
+from metamerge.mergers.gate import answers_of
+from metamerge.mergers.inversion import invert
+from metamerge.mergers.ordering import in_canonical_order
+from metamerge.mergers.watching import (
+    strange,
+    told_apart,
+    typical,
+    watched_beside,
+    watched_inputs,
+)
+
+
+@pytest.fixture(scope="module")
+def alike(digits_zoo):
+    """A member of a zoo of digits, sure of what it says, five times with other noise on each."""
+    generator = torch.Generator().manual_seed(0)
+    members, last = {}, list(digits_zoo.unseen)[-2:]
+    for key, tensor in digits_zoo.unseen.items():
+        noise = torch.randn(1, 5, *tensor.shape[2:], generator=generator)
+        one = tensor[:1, :1] * (5 if key in last else 1)
+        members[key] = one + 0.05 * one.std() * noise
+    return digits_zoo.layout, members
+
+
+# ---------------------------------------------------------------------------- what is told apart
+
+
+def test_members_that_are_sure_of_every_class_tell_all_apart():
+    answers = 50 * torch.eye(4).repeat(1, 3, 2, 1)  # 3 members, 8 inputs, every class twice
+    assert told_apart(answers) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (50 * torch.eye(4)[:1].expand(1, 3, 8, 4), 0.0),  # sure, of one class only
+        (1e-3 * torch.eye(4).repeat(1, 3, 2, 1), 0.0),  # every class, but sure of none
+        (50 * torch.eye(4)[[0, 1]].repeat(1, 3, 4, 1), 0.5),  # sure, of two of four classes
+    ],
+)
+def test_few_classes_or_doubt_tell_less_apart_by_hand(answers, expected):
+    assert told_apart(answers) == pytest.approx(expected, abs=1e-4)
+
+
+def test_votes_are_those_of_the_soft_vote_and_families_stand_alone():
+    one = 50 * torch.eye(4).repeat(1, 3, 2, 1)
+    other = one.clone()
+    other[:, 1:] = 50 * torch.eye(4)[0]  # two of three members always name the first class
+    both = torch.cat([one, other])
+    assert told_apart(both) == pytest.approx([1.0, 0.0], abs=1e-4)
+    assert told_apart(both[1:]) == pytest.approx([0.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 1), (2, 3, 8, 6, 4)])
+def test_what_is_no_choice_among_classes_counts_as_told_apart(shape):
+    assert told_apart(torch.zeros(shape)).tolist() == [1.0, 1.0]
+
+
+# ---------------------------------------------------------------------------- use
+
+
+def test_a_merger_that_knows_no_limit_watches_on_its_probes_alone(mlp_case, make_merger):
+    merger = make_merger()
+    (watched,) = watched_inputs(merger, mlp_case.members, mlp_case.layout)
+    assert watched.families.tolist() == [0, 1]
+    assert torch.equal(watched.inputs, merger.probes((1, 8, 8)))
+    assert watched.told == "48 learned probes"
+
+
+def test_strange_probes_are_joined_by_inputs_of_each_familys_own(
+    mlp_case, make_merger, only, knowing, familiar
+):
+    merger, members = familiar(make_merger(), 1.0), knowing(mlp_case)
+    probes = merger.probes((1, 8, 8))
+    assert strange(merger, members, mlp_case.layout, probes).all()
+    first, second = watched_inputs(merger, members, mlp_case.layout)
+    assert [first.families.tolist(), second.families.tolist()] == [[0], [1]]
+    assert first.told == "48 learned probes, strange to the members, and 48 made from the members"
+    for family, watched in enumerate((first, second)):
+        made = invert(only(members, family), mlp_case.layout, probes, (1, 8, 8))
+        assert torch.equal(watched.inputs, torch.cat([probes, made]))
+        assert (watched.kept, watched.alone) == (None, False)
+    assert not torch.equal(first.inputs, second.inputs)
+
+
+def test_a_family_is_merged_the_same_alone_and_beside_one_that_finds_probes_strange(
+    mlp_case, make_merger, only, knowing, familiar
+):
+    merger, members = make_merger(refine=3), knowing(mlp_case)
+    answers = answers_of(members, mlp_case.layout, merger.probes((1, 8, 8)))
+    told = told_apart(answers)
+    familiar(merger, float(told.mean()))
+    odd = strange(merger, members, mlp_case.layout, merger.probes((1, 8, 8)))
+    assert sorted(odd.tolist()) == [False, True]
+    both = fuse(merger, members, mlp_case.layout)
+    for family in (0, 1):
+        alone = fuse(merger, only(members, family), mlp_case.layout)
+        for key, tensor in alone.items():
+            assert torch.allclose(both[key][family], tensor[0], atol=1e-5)
+    plain = fuse(familiar(merger, 0.0), members, mlp_case.layout)
+    changed = [
+        max(float((both[k][f] - plain[k][f]).abs().max()) for k in plain) > 1e-3 for f in (0, 1)
+    ]
+    assert changed == odd.tolist()
+
+
+def test_neither_order_of_members_nor_of_units_matters(case, make_merger, knowing, familiar):
+    merger, spec = familiar(make_merger(refine=3), 1.0), case.layout.spec
+    members = knowing(case)
+    expected = fuse(merger, members, case.layout)
+    turned = {key: tensor[:, [2, 0, 3, 1]] for key, tensor in members.items()}
+    perm = spec.random(torch.Generator().manual_seed(1), (2,))
+    everyone = {group: p[:, None].expand(-1, 4, -1) for group, p in perm.items()}
+    for found, wanted in (
+        (fuse(merger, turned, case.layout), expected),
+        (
+            fuse(merger, spec.permute(members, everyone), case.layout),
+            spec.permute(expected, perm),
+        ),
+    ):
+        for key, tensor in wanted.items():
+            assert torch.equal(found[key], tensor)
+
+
+def test_imagined_inputs_are_always_joined_by_made_ones(make_case, make_merger):
+    case, merger = make_case("mlp", (6,), families=1, shape=(1, 9, 9)), make_merger()
+    members, _ = in_canonical_order(case.members, case.layout)
+    imagined = merger.probes.for_members(members, case.layout)
+    made = invert(members, case.layout, imagined, (1, 9, 9))
+    (watched,) = watched_inputs(merger, members, case.layout)
+    assert torch.equal(watched.inputs, torch.cat([imagined, made]))
+    assert watched.told == "48 imagined inputs and 48 made from the members"
+
+
+def test_inputs_are_never_joined_by_made_ones(mlp_case, make_merger, knowing, familiar):
+    merger, members = make_merger(refine=3), knowing(mlp_case)
+    expected = fuse(merger, members, mlp_case.layout, mlp_case.inputs)
+    found = fuse(familiar(merger, 1.0), members, mlp_case.layout, mlp_case.inputs)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_merger_whose_probes_show_two_classes_sees_the_others_in_what_is_made(
+    digits_zoo, trained_merger, familiar
+):
+    layout, (images, classes), members = digits_zoo.layout, digits_zoo.objective, digits_zoo.unseen
+    members = layout.spec.permute(members, weight_matching(members, layout.spec))
+    merger, found = deepcopy(trained_merger), []
+    with torch.no_grad():
+        merger.probes((1, 8, 8)).copy_(images[classes < 2][torch.arange(64) % 50])
+    for least in (0.0, 0.4):
+        named = predict(fuse(familiar(merger, least), members, layout), layout, images).argmax(-1)
+        found.append((named == classes).float().mean(1))
+    gain = found[1] - found[0]
+    assert gain.mean() > max(0.02, 2 * gain.std() / len(gain) ** 0.5)
+
+
+# ---------------------------------------------------------------------------- inputs at hand
+
+
+def test_inputs_that_are_worth_less_than_the_probes_are_left_out(mlp_case, make_merger, only):
+    inputs, probes = torch.rand(20, 1, 8, 8), make_merger().probes((1, 8, 8))
+    for useful, asked, told in (
+        (True, torch.cat([inputs, probes]), "20 inputs and 48 learned probes"),
+        (False, probes, "48 learned probes; beside these, inputs did harm in training"),
+    ):
+        watched = watched_beside(
+            make_merger(inputs=useful), only(mlp_case.members, 0), mlp_case.layout, inputs
+        )
+        assert torch.equal(watched.inputs, asked)
+        assert (watched.told, watched.alone) == (told, False)
+
+
+@pytest.mark.parametrize("useful", [True, False])
+@pytest.mark.parametrize("count", [20, 1000])
+def test_inputs_stand_alone_where_probes_are_strange(
+    mlp_case, make_merger, only, knowing, useful, count
+):
+    merger, inputs = make_merger(familiar=1.0, inputs=useful), torch.rand(count, 1, 8, 8)
+    watched = watched_beside(merger, only(knowing(mlp_case), 0), mlp_case.layout, inputs)
+    assert torch.equal(watched.inputs, inputs)
+    assert (watched.told, watched.alone) == (f"{count} inputs", True)
+
+
+# ---------------------------------------------------------------------------- who is kept
+
+
+def test_the_member_that_agrees_most_by_hand():
+    """Of four members, on two inputs: two agree fully, one is in doubt, one is their contrary."""
+    sure = 50 * torch.eye(3)[[0, 1]]
+    doubt, contrary = sure / 50 * 1.9, 50 * torch.eye(3)[[2, 2]]  # softmax: 0.77, 0.12, 0.12
+    assert typical(torch.stack([doubt, sure, sure])) == 1  # (1 + 0.77) / 2 each, and 0.77
+    assert typical(torch.stack([doubt, doubt, sure])) is None  # 0.69, 0.69 and 0.77
+    assert typical(torch.stack([contrary, doubt, sure, sure])) == 2  # who contradicts has no say
+    assert typical(torch.stack([contrary, sure])) is None
+    assert typical(torch.stack([sure[..., :1], sure[..., :1]])) is None  # no classes
+
+
+def test_of_members_that_are_alike_one_is_kept_to_the_bit(alike, make_merger, familiar):
+    layout, members = alike
+    merger, report = familiar(make_merger(refine=3), 1.0), {}
+    found = fuse(merger, members, layout, report=report)
+    assert report["kept"] in range(5)
+    assert "Pass inputs of their task (batches=) to fuse them" in report["note"]
+    for key, tensor in found.items():
+        assert torch.equal(tensor[0], members[key][0, report["kept"]])
+    turn = torch.tensor([2, 4, 1, 0, 3])
+    again = {}
+    turned = fuse(merger, {k: t[:, turn] for k, t in members.items()}, layout, report=again)
+    assert turn[again["kept"]] == report["kept"]
+    assert all(torch.equal(turned[key], tensor) for key, tensor in found.items())
+
+
+def test_members_that_are_alike_are_fused_where_probes_or_inputs_are_familiar(alike, make_merger):
+    layout, members = alike
+    for merger, inputs in (
+        (make_merger(), None),
+        (make_merger(familiar=1.0), torch.rand(20, 1, 8, 8)),
+    ):
+        report = {}
+        found = fuse(merger, members, layout, inputs, report=report)
+        assert "kept" not in report
+        for member in range(5):
+            assert not torch.equal(found["1.weight"][0], members["1.weight"][0, member])
+
+
+def test_the_member_that_is_kept_is_refined_if_that_is_asked_for(alike, make_merger, familiar):
+    layout, members = alike
+    merger, report = familiar(make_merger(refine=3), 1.0), {}
+    one, two = (fuse(merger, members, layout, steps=n, report=report) for n in (1, 2))
+    kept = members["1.weight"][0, report["kept"]]
+    first, second = ((each["1.weight"][0] - kept).abs().max() for each in (one, two))
+    assert 0 < first < second < 4e-3  # no further than steps of 1e-3 go
+
+
+def test_noise_among_members_that_are_alike_is_not_kept(alike, make_merger, familiar):
+    layout, members = alike
+    report, noisy, generator = {}, {}, torch.Generator().manual_seed(0)
+    for key, tensor in members.items():
+        noise = tensor.std() * torch.randn(1, 1, *tensor.shape[2:], generator=generator)
+        noisy[key] = torch.cat([noise, tensor], 1)
+    fuse(familiar(make_merger(), 1.0), noisy, layout, report=report)
+    assert report["kept"] > 0
+
+
+def test_members_that_know_other_classes_are_fused(digits_zoo, make_merger, familiar):
+    """Members of a zoo of digits, which is skewed."""
+    layout, members = digits_zoo.layout, digits_zoo.unseen
+    merger = familiar(make_merger(), 1.0)
+    for family in range(3):
+        one = {key: tensor[family : family + 1] for key, tensor in members.items()}
+        report = {}
+        fuse(merger, one, layout, report=report)
+        assert "strange" in report["watched_on"]
+        assert "kept" not in report
