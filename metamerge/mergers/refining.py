@@ -25,8 +25,6 @@ BATCH = 64  # inputs per step
 TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
-MIXED = 2048  # inputs that mixtures fill up to for the fit, where they stand alone
-LONGER = 4  # times as many steps on inputs that stand alone
 AGREED = 1e-6  # divergence below which there is nothing to refine
 
 
@@ -36,7 +34,6 @@ def fuse(
     layout: Layout,
     inputs: Tensor | None = None,
     *,
-    alone: bool = False,
     steps: int | None = None,
     report: dict[str, Any] | None = None,
 ) -> Weights:
@@ -47,8 +44,6 @@ def fuse(
         members: Aligned members of ``f`` families, ``[f, m, ...]``.
         layout: Their architecture.
         inputs: Calibration inputs that take the place of the merger's probes, ``[b, ...]``.
-        alone: Whether these stand alone because the probes are strange to the members. They are
-            learned from for longer then, and with more mixtures.
         steps: Steps of refining; None for as many as proved best when the merger was trained.
         report: Takes what members of the first family were ``watched_on``, if not on inputs, and
             the number of the one that was ``kept`` as it is, if any.
@@ -77,9 +72,7 @@ def fuse(
     else:
         check_fit(layout.program, inputs)
         every = torch.arange(len(next(iter(members.values()))))
-        watched = [Watched(every, inputs, f"{len(inputs)} inputs", alone=alone)]
-        if alone and steps is None:
-            steps = LONGER * merger.config.refine
+        watched = [Watched(every, inputs, f"{len(inputs)} inputs")]
     parts = []
     for each in watched:
         own = {key: tensor[each.families.to(tensor.device)] for key, tensor in members.items()}
@@ -111,18 +104,18 @@ def fuse_on(
     Returns:
         Weights ``[f, ...]``, with units in the order of the members.
     """
-    alone = None
+    kept = None
     if watched.kept is not None:
-        alone = {key: tensor[:, watched.kept] for key, tensor in members.items()}
+        kept = {key: tensor[:, watched.kept] for key, tensor in members.items()}
         if not steps:
-            return alone
-    fill = MIXED if watched.alone else merger.config.mixtures
+            return kept
+    fill = merger.config.mixtures
     shown = filled_up(watched.inputs, layout, fill, torch.Generator().manual_seed(0))
     fused, trust = merger(members, layout, shown)
     steps = merger.config.refine if steps is None else steps
     if not steps:
         return fused
-    return refine(alone or fused, members, layout, watched.inputs.detach(), trust, steps=steps)
+    return refine(kept or fused, members, layout, watched.inputs.detach(), trust, steps=steps)
 
 
 def refine(

@@ -282,20 +282,6 @@ def test_a_network_of_other_inputs_is_refined_on_imagined_ones(make_case, make_m
     assert furthest(fused, fuse(merger, members, case.layout, steps=0)) > 1e-4
 
 
-@pytest.mark.parametrize("steps", [None, 0, 3])
-def test_inputs_that_stand_alone_are_mixed_for_the_fit_and_learned_from_for_longer(
-    mlp_case, make_merger, steps
-):
-    merger, inputs, layout = make_merger(refine=2), mlp_case.inputs, mlp_case.layout
-    members, perm = in_canonical_order(align(mlp_case), layout)
-    mixed = torch.cat([inputs, mixtures(inputs, 2018, torch.Generator().manual_seed(0))])
-    fused, trust = merger(members, layout, mixed)
-    wanted = refine(fused, members, layout, inputs, trust, steps=8 if steps is None else steps)
-    found = fuse(merger, align(mlp_case), layout, inputs, alone=True, steps=steps)
-    assert furthest(found, layout.spec.unpermute(wanted, perm)) < 1e-6
-    assert furthest(found, fuse(merger, align(mlp_case), layout, inputs, steps=steps)) > 1e-4
-
-
 def test_calibration_inputs_of_another_shape_are_refused(mlp_case, make_merger):
     with pytest.raises(ConfigError, match=r"\(5, 3, 8, 8\), the network takes \(b, 1, 8, 8\)"):
         fuse(make_merger(), mlp_case.members, mlp_case.layout, torch.rand(5, 3, 8, 8))

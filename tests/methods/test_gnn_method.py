@@ -92,7 +92,7 @@ def test_few_inputs_stand_alone_and_count_for_more_where_probes_are_strange(
     mlp_layout, mlp_members
 ):
     merger, inputs, report = make_merger(0.1, refine=2, familiar=1.0), torch.randn(20, 5), {}
-    expected = fuse(merger, family(mlp_members), mlp_layout, inputs, alone=True, steps=8)
+    expected = fuse(merger, family(mlp_members), mlp_layout, inputs, steps=8)
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
     assert_equal(fused, first_of(expected, mlp_members), 0)
     assert report == {"watched_on": "20 inputs"}
