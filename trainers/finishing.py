@@ -21,8 +21,9 @@ from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
 
 FILL = 1024  # inputs that mixtures of probes fill up to
-REFINING = tuple(  # steps, and inputs of the fit, that validation families choose from
-    (steps, fill) for fill in (0, FILL) for steps in (0, 25, 50, 100, 200)
+REFINING = (  # steps, and inputs with mixtures, that validation families choose from
+    *((0, 0), (25, 0), (50, 0), (100, 0), (200, 0)),
+    *((0, FILL), (50, FILL), (100, FILL), (200, FILL), (400, FILL)),
 )
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
 WORTH = 1e-3  # accuracy that mixtures have to add, with which a merge takes twice as long
@@ -99,7 +100,7 @@ def finish(
     share = best.scores["share_above_threshold"]
     console.print(
         f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
-        f"{accuracy:.3f} after {steps} steps of refining{' after a fit on mixtures' * bool(fill)}, "
+        f"{accuracy:.3f} after {steps} steps of refining{' on mixtures' * bool(fill)}, "
         f"{share:.0%} of families above threshold, {best.seconds:.0f} s"
     )
     if failed:
@@ -119,8 +120,7 @@ def try_refining(
         goal: What they are judged by.
 
     Returns:
-        Steps, and inputs that mixtures fill up to for the fit -> accuracy of every family, ``[f]``,
-        in float64.
+        Steps, and inputs that mixtures fill up to -> accuracy of every family, ``[f]``, in float64.
     """
     found: dict[tuple[int, int], list[Tensor]] = {choice: [] for choice in REFINING}
     for group in groups:
@@ -130,8 +130,8 @@ def try_refining(
             for fill in dict.fromkeys(fill for _, fill in REFINING):
                 shown = filled_up(probes, layout, fill, torch.Generator().manual_seed(0))
                 fused, trust = merger(members, layout, shown)
-                for steps in dict.fromkeys(steps for steps, _ in REFINING):
-                    refined = refine(fused, members, layout, probes, trust, steps=steps)
+                for steps in [steps for steps, filled in REFINING if filled == fill]:
+                    refined = refine(fused, members, layout, shown, trust, steps=steps)
                     scores = score(refined, group, wanted[rows.to(wanted.device)])
                     found[steps, fill].append(scores)
     return {choice: torch.cat(scores).double().cpu() for choice, scores in found.items()}

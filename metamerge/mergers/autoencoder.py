@@ -39,7 +39,7 @@ class AutoencoderConfig:
         skip: Whether decoded rows are added to the mixed ones; without, they stand for themselves,
             and there is no gate and no refit.
         refine: Steps of refining that proved best when the merger was trained.
-        mixtures: Inputs that mixtures of probes fill up to for the fit; 0: none.
+        mixtures: Inputs that mixtures of probes fill up to, for the fit and these steps; 0: none.
         familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
             to be strange to them; 0: they never are.
         inputs: Whether inputs may join or replace its probes; not where they did harm in training.

@@ -34,7 +34,7 @@ class GNNConfig:
         prior: Side of the square input prior on first-layer rows; 0 switches it off.
         gate: Whether the competence gate is on.
         refine: Steps of refining that proved best when the merger was trained.
-        mixtures: Inputs that mixtures of probes fill up to for the fit; 0: none.
+        mixtures: Inputs that mixtures of probes fill up to, for the fit and these steps; 0: none.
         familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
             to be strange to them; 0: they never are.
         inputs: Whether inputs may join or replace its probes; not where they did harm in training.

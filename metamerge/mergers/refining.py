@@ -2,9 +2,9 @@
 
 Distillation (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
 arXiv:1503.02531) of a consensus that a merger has learned to weigh, from a start that it has fused,
-on probes that it has learned: no images are needed, and some dozens of steps are enough. The fit
-that they start from is a closed form, which learns a few hundred inputs by heart where a layer
-reads many units: mixtures of them can stand beside them there.
+on probes that it has learned: no images are needed, and some dozens of steps are enough. A few
+hundred probes are soon learned by heart, by the closed form of the fit before as well: mixtures of
+them can stand beside them.
 """
 
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def fuse_on(
     steps = merger.config.refine if steps is None else steps
     if not steps:
         return fused
-    return refine(kept or fused, members, layout, watched.inputs.detach(), trust, steps=steps)
+    return refine(kept or fused, members, layout, shown.detach(), trust, steps=steps)
 
 
 def refine(

@@ -236,16 +236,15 @@ def test_without_steps_fusing_is_the_merger_itself(case, make_merger):
 
 
 @pytest.mark.parametrize("mixed", [0, 64])
-def test_steps_refine_on_what_members_were_watched_on_after_a_fit_on_mixtures(
-    case, make_merger, mixed
-):
+def test_steps_refine_on_what_members_were_watched_on_and_mixtures(case, make_merger, mixed):
     merger = make_merger(refine=4, mixtures=mixed)
     members, perm = in_canonical_order(align(case), case.layout)
     for inputs in (None, case.inputs):
         watched = merger.probes.for_members(members, case.layout) if inputs is None else inputs
         more = mixtures(watched, max(0, mixed - len(watched)), torch.Generator().manual_seed(0))
-        fused, trust = merger(members, case.layout, torch.cat([watched, more]))
-        expected = refine(fused, members, case.layout, watched, trust, steps=4)
+        shown = torch.cat([watched, more])
+        fused, trust = merger(members, case.layout, shown)
+        expected = refine(fused, members, case.layout, shown, trust, steps=4)
         found = fuse(merger, align(case), case.layout, inputs)
         assert furthest(found, case.layout.spec.unpermute(expected, perm)) < 1e-6
         assert furthest(expected, fused) > 1e-4

@@ -189,9 +189,7 @@ def test_the_steps_of_refining_are_those_that_validation_families_chose(trained)
     alike = {c: score for c, score in refining.items() if c[1] == config.mixtures}
     assert choice == min(c for c, score in alike.items() if score >= max(alike.values()) - ENOUGH)
     words = f"{refining[choice]:.3f} after {config.refine} steps of refining"
-    assert words + " after a fit on mixtures" * bool(config.mixtures) in " ".join(
-        trained.out.split()
-    )
+    assert words + " on mixtures" * bool(config.mixtures) in " ".join(trained.out.split())
 
 
 def test_what_is_familiar_is_less_than_any_validation_family_tells_apart(trained, zoo):
