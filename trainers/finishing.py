@@ -59,13 +59,13 @@ def finish(
     merger.load_state_dict(best.weights)
     merger.eval()
     refined = try_refining(merger, data.validation, goal)
-    steps, fill = chosen(refined)
+    least = familiarity(merger, data.validation)
+    merger.config = replace(merger.config, familiar=least)
+    (steps, fill), gates = settle(merger, refined, data.validation)
     accuracy = float(refined[steps, fill].mean())
-    merger.config = replace(merger.config, refine=steps, mixtures=fill)
     joined = float(try_inputs(merger, data, goal).mean())
-    least, useful = familiarity(merger, data.validation), joined > accuracy - HARM
-    merger.config = replace(merger.config, familiar=least, inputs=useful)
-    gates = {group.name: gates_of(merger, group) for group in data.validation}
+    useful = joined > accuracy - HARM
+    merger.config = replace(merger.config, inputs=useful)
     card = {
         "options": dict(record),
         "zoos": [
@@ -178,6 +178,27 @@ def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
     if len(gain) > 1 and gain.mean() > max(WORTH, gain.std() / len(gain) ** 0.5):
         return mixed
     return plain
+
+
+def settle(
+    merger: Merger, refined: Mapping[tuple[int, int], Tensor], groups: Sequence[Families]
+) -> tuple[tuple[int, int], dict[str, list[Gate]]]:
+    """Set how a merger refines, and run its gates; mixtures that break one are not chosen.
+
+    Args:
+        merger: The merger; its configuration is changed.
+        refined: What ``try_refining`` found.
+        groups: Validation families.
+
+    Returns:
+        Steps and inputs that mixtures fill up to, and the gates of every group.
+    """
+    for steps, fill in dict.fromkeys((chosen(refined), _fewest(refined, 0))):
+        merger.config = replace(merger.config, refine=steps, mixtures=fill)
+        gates = {group.name: gates_of(merger, group) for group in groups}
+        if all(gate.passed for own in gates.values() for gate in own):
+            break
+    return (steps, fill), gates
 
 
 def _fewest(refined: Mapping[tuple[int, int], Tensor], fill: int) -> tuple[int, int]:

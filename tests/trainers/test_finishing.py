@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from evaluation.gates import Gate
 from metamerge.mergers import GNNConfig, GNNMerger
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.watching import told_apart
-from trainers.finishing import FILL, REFINING, chosen, familiarity
+from trainers import finishing
+from trainers.finishing import FILL, REFINING, chosen, familiarity, settle
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,22 @@ def test_mixtures_have_to_be_worth_their_time(gain, expected):
 def test_one_family_alone_is_no_reason_for_mixtures():
     found = {choice: torch.tensor([0.5 + 0.4 * bool(choice[1])]) for choice in REFINING}
     assert chosen(found) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "expected"), [((), (100, FILL)), ((FILL,), (50, 0)), ((0, FILL), (50, 0))]
+)
+def test_mixtures_that_break_a_gate_are_not_chosen(monkeypatch, harmful, expected):
+    def gates_of(merger, group):
+        return [Gate("poisoned_member", 0.03 if merger.config.mixtures in harmful else 0.01, 0.02)]
+
+    monkeypatch.setattr(finishing, "gates_of", gates_of)
+    best = {(50, 0): 0.9, (100, FILL): 0.95}
+    refined = {choice: torch.full((3,), best.get(choice, 0.8)).double() for choice in REFINING}
+    merger = SimpleNamespace(config=GNNConfig())
+    found, gates = settle(merger, refined, [SimpleNamespace(name="k3")])
+    assert found == (merger.config.refine, merger.config.mixtures) == expected
+    assert gates["k3"][0].passed == (expected[1] not in harmful)
 
 
 # ---------------------------------------------------------------------------- familiar probes
