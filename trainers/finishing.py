@@ -128,10 +128,11 @@ def try_refining(
         for rows in torch.arange(len(group)).split(max(1, goal.at_once // 4)):  # inputs are many
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
             for fill in dict.fromkeys(fill for _, fill in REFINING):
-                shown = filled_up(probes, layout, fill, torch.Generator().manual_seed(0))
+                shown = filled_up(probes, layout, fill)
                 fused, trust = merger(members, layout, shown)
+                given = (members, layout, shown, trust)
                 for steps in [steps for steps, filled in REFINING if filled == fill]:
-                    refined = refine(fused, members, layout, shown, trust, steps=steps)
+                    refined = refine(fused, *given, steps=steps) if steps else fused
                     scores = score(refined, group, wanted[rows.to(wanted.device)])
                     found[steps, fill].append(scores)
     return {choice: torch.cat(scores).double().cpu() for choice, scores in found.items()}

@@ -101,20 +101,20 @@ def probe_start(images: Tensor, count: int, generator: torch.Generator) -> Tenso
     return images[torch.cat(picks)[:count]]
 
 
-def filled_up(inputs: Tensor, layout: Layout, count: int, generator: torch.Generator) -> Tensor:
-    """Inputs, and mixtures of them where they are fewer than wanted.
+def filled_up(inputs: Tensor, layout: Layout, count: int) -> Tensor:
+    """Inputs, and mixtures of them where they are fewer than wanted, always the same ones.
 
     Args:
         inputs: ``[b, ...]``.
         layout: Layers of the networks that take them.
         count: How many are wanted.
-        generator: Source of randomness.
 
     Returns:
         ``[max(b, count), ...]``; the inputs alone where they are tokens, which cannot be mixed.
     """
     if count <= len(inputs) or not any(layer.reads_inputs for layer in layout.layers):
         return inputs
+    generator = torch.Generator().manual_seed(0)
     return torch.cat([inputs, mixtures(inputs, count - len(inputs), generator)])
 
 

@@ -109,8 +109,7 @@ def fuse_on(
         kept = {key: tensor[:, watched.kept] for key, tensor in members.items()}
         if not steps:
             return kept
-    fill = merger.config.mixtures
-    shown = filled_up(watched.inputs, layout, fill, torch.Generator().manual_seed(0))
+    shown = filled_up(watched.inputs, layout, merger.config.mixtures)
     fused, trust = merger(members, layout, shown)
     steps = merger.config.refine if steps is None else steps
     if not steps:

@@ -41,7 +41,8 @@ def autoencoder(
         adapt: Whether the network is fine-tuned to labels, where there are any, as far as that
             helps in cross-validation; if not, they are not looked at.
         generator: Source of randomness of the adaptation.
-        report: Takes what members were watched on, and what was chosen by labels.
+        report: Takes what members were ``watched_on``, the number of the one that was ``kept`` as
+            it is, if any, and what was chosen by labels.
 
     Returns:
         New state dict with the members' names, shapes and dtypes.

@@ -233,7 +233,7 @@ def test_a_mixture_is_more_than_half_of_one_input_and_the_rest_of_another():
 )
 def test_mixtures_fill_up_inputs_but_tokens(wired_network, name, count, expected):
     wired = wired_network(name)
-    found, more = filled_up(wired.inputs, wired.layout, count, seeded()), wired.inputs[:0]
+    found, more = filled_up(wired.inputs, wired.layout, count), wired.inputs[:0]
     if expected > 40:
         more = mixtures(wired.inputs, expected - 40, seeded())
     assert torch.equal(found, torch.cat([wired.inputs, more]))
