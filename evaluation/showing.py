@@ -29,7 +29,7 @@ CAPTIONS: Mapping[str, str] = {
     "below 1 they have collapsed.",
     "reliability": "Accuracy against confidence; on the diagonal a network knows how sure it is.",
     "mixing": "Which share every member has in every unit of the merged network, and in every "
-    "class.",
+    "class; one that is kept as it is has all.",
     "training": "The training of the merger: objective, accuracy and the share of validation "
     "families above their threshold.",
 }

@@ -25,7 +25,9 @@ from evaluation.metrics import (
 from evaluation.pictures.landscapes import Lines, Plane
 from metamerge.corrections.batch_norm import normalisations
 from metamerge.mergers.gate import shares
+from metamerge.mergers.ordering import in_canonical_order, member_order
 from metamerge.mergers.reading import read_members, trust_in
+from metamerge.mergers.watching import watched_inputs
 from metamerge.structure import OUTPUTS, Layout
 from metamerge.weights import Weights, stack
 from zoo.training import predict
@@ -185,15 +187,21 @@ def mixing_of(bench: Bench, family: int, merger: nn.Module) -> dict[str, Tensor]
 
     Returns:
         Layer -> coefficients of its units, ``[m, n]``; where the merger has a gate, ``GATE`` ->
-        shares in the consensus on every class, the mean over its probes, ``[m, c]``.
+        shares in the consensus on every class, the mean over what members are watched on, ``[m,
+        c]``. A member that is kept as it is has all of everything.
     """
     members, layout = states(bench, family)[ALIGNED], bench.layout
-    seen = read_members(merger, members, layout, None, sparse=False)
+    (watched,) = watched_inputs(merger, in_canonical_order(members, layout)[0], layout)
+    seen = read_members(merger, members, layout, watched.inputs, sparse=False)
     found = {_layer(layout, space): own[0] for space, own in seen.mixing.items()}
     last = layout.producers(OUTPUTS)
     if merger.gate is not None and len(last) == 1:
         trust = trust_in(merger.gate, members, layout, seen.states, seen.observed, seen.spread)
         found[GATE] = shares(trust, seen.observed[last[0].node])[0].mean(1)
+    if watched.kept is not None:
+        kept = int(member_order(members)[0, watched.kept])
+        for own in found.values():
+            own.zero_()[kept] = 1
     return found
 
 

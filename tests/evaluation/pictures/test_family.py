@@ -1,5 +1,8 @@
 """Pictures of a family of real members: what is gathered, and that all of it can be drawn."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +19,8 @@ from evaluation.pictures import (
     training_figure,
     variances_of,
 )
+from evaluation.pictures.gathering import states
+from metamerge.mergers import fuse
 from zoo.training import predict
 
 
@@ -84,6 +89,23 @@ def test_shares_of_members_sum_to_1(bench, trained_merger):
     assert [tuple(own.shape) for own in found.values()] == [(4, 32), (4, 10), (4, 10)]
     for own in found.values():
         assert torch.allclose(own.sum(0), torch.ones(own.shape[1]), atol=1e-5)
+
+
+def test_a_member_that_is_kept_has_all_shares(bench, trained_merger):
+    """Of members that are one, sure of what it says, with other noise on each."""
+    members, last = {}, list(bench.families)[-2:]
+    for key, tensor in bench.families.items():
+        one = tensor[:1, :1] * (20 if key in last else 1)
+        noise = torch.randn(1, 4, *tensor.shape[2:], generator=torch.Generator().manual_seed(0))
+        members[key] = one + 0.05 * one.std() * noise
+    merger, report = deepcopy(trained_merger), {}
+    merger.config = replace(merger.config, familiar=1.0)
+    alike = Bench(replace(bench.judged, families=members), 0)
+    found = mixing_of(alike, 0, merger)
+    fuse(merger, states(alike, 0)["aligned"], alike.layout, report=report)
+    for own in found.values():
+        assert (own[report["kept"]] == 1).all()
+        assert own.sum() == own.shape[1]
 
 
 def test_the_average_has_lost_variance(bench, fused):
