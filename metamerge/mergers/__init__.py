@@ -16,7 +16,7 @@ from metamerge.mergers.objective import ThresholdObjective, wilson_lower_bound
 from metamerge.mergers.probes import probe_start
 from metamerge.mergers.reading import Fusion
 from metamerge.mergers.reconstruction import reconstruction_loss
-from metamerge.mergers.refining import fuse, refine
+from metamerge.mergers.refining import fuse, fuse_beside, refine
 
 __all__ = [
     "AutoencoderConfig",
@@ -30,6 +30,7 @@ __all__ = [
     "bundled_merger",
     "consensus",
     "fuse",
+    "fuse_beside",
     "load_merger",
     "probe_start",
     "read_card",

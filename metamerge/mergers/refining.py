@@ -17,7 +17,7 @@ from metamerge.calibration import check_fit, divergence, predict
 from metamerge.mergers.gate import answers_of, consensus
 from metamerge.mergers.ordering import in_canonical_order, member_order
 from metamerge.mergers.probes import filled_up
-from metamerge.mergers.watching import Watched, watched_inputs
+from metamerge.mergers.watching import Watched, watched_beside, watched_inputs
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
@@ -25,6 +25,17 @@ BATCH = 64  # inputs per step
 TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
+LONGER = 4  # times as many steps on inputs that stand alone
+KEPT_ON_MADE = (
+    "the members agree on nearly all inputs that were made from them: the one that agrees most "
+    "with the others is kept as it is. Inputs of their task (batches=) show better which that is, "
+    "and whether to fuse them."
+)
+KEPT_ON_GIVEN = (
+    "the members cast the same votes on nearly all of the inputs: the one that agrees most with "
+    "the others is kept as it is. A merger that is trained on networks of this task can go beyond "
+    "it, and so can labels beside the inputs."
+)
 AGREED = 1e-6  # divergence below which there is nothing to refine
 
 
@@ -59,16 +70,7 @@ def fuse(
     if inputs is None:
         watched = watched_inputs(merger, members, layout)
         if report is not None:
-            first = watched[0]
-            report["watched_on"] = first.told
-            if first.kept is not None:
-                order = member_order(given)[int(first.families[0])]
-                report["kept"] = int(order[first.kept])
-                report["note"] = (
-                    "the members agree on nearly all inputs that were made from them: the one that "
-                    "agrees most with the others is kept as it is. Pass inputs of their task "
-                    "(batches=) to fuse them."
-                )
+            _tell(watched[0], given, report)
     else:
         check_fit(layout.program, inputs)
         every = torch.arange(len(next(iter(members.values()))))
@@ -81,6 +83,42 @@ def fuse(
     joined = {key: torch.cat([part[key] for part in parts]) for key in members}
     fused = {key: tensor[back.to(tensor.device)] for key, tensor in joined.items()}
     return layout.spec.unpermute(fused, perm)
+
+
+def fuse_beside(
+    merger: nn.Module,
+    members: Weights,
+    layout: Layout,
+    inputs: Tensor,
+    *,
+    steps: int | None = None,
+    report: dict[str, Any] | None = None,
+) -> Weights:
+    """Merge aligned members on inputs of their task and on probes, whichever are of use.
+
+    Args:
+        merger: A trained merger.
+        members: Aligned members of one family, ``[1, m, ...]``.
+        layout: Their architecture.
+        inputs: Inputs of their task, ``[b, ...]``.
+        steps: Steps of refining; None for as many as proved best when the merger was trained, and
+            ``LONGER`` times as many on inputs that stand alone since probes are strange.
+        report: Takes what members were ``watched_on``, and the number of the one that was ``kept``
+            as it is, if any.
+
+    Returns:
+        Fused weights, ``[1, ...]``.
+
+    Raises:
+        ConfigError: If the inputs are not those of this architecture.
+    """
+    ordered, perm = in_canonical_order(members, layout)
+    watched = watched_beside(merger, ordered, layout, inputs)
+    if report is not None:
+        _tell(watched, members, report)
+    if steps is None and watched.given and watched.kept is None:
+        steps = LONGER * merger.config.refine
+    return layout.spec.unpermute(fuse_on(merger, ordered, layout, watched, steps=steps), perm)
 
 
 def fuse_on(
@@ -207,6 +245,15 @@ def descend(
                     tensor.sub_(each * first[key] / size)
     done = {key: tensor.detach() for key, tensor in trained.items()}
     return {**{key: tensor.clone() for key, tensor in weights.items()}, **_tied(done, layout)}
+
+
+def _tell(watched: Watched, members: Weights, report: dict[str, Any]) -> None:
+    """Say what the first family was watched on, and who is kept, by the number it came with."""
+    report["watched_on"] = watched.told
+    if watched.kept is not None:
+        order = member_order(members)[int(watched.families[0])]
+        report["kept"] = int(order[watched.kept])
+        report["note"] = KEPT_ON_GIVEN if watched.given else KEPT_ON_MADE
 
 
 def _typical(grad: Tensor) -> Tensor:

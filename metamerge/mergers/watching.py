@@ -1,9 +1,10 @@
 """Watching: the inputs that members are shown, and whom these say to leave as they are.
 
 A merger's own probes are best where its members are of its tasks. Where the probes are strange to
-them, inputs that are made from the members stand beside them. Members that agree on nearly all of
-those are alike: every one of them knows what all know, while a network that is fused on inputs of
-no task loses more than there is to gain. The one that agrees most with the others is kept then.
+them, inputs that are made from the members stand beside them, or inputs that are given in their
+place. Members that agree on nearly all of those are alike: every one of them knows what all know,
+while a network that is fused on inputs that no merger has learned from loses more than there is to
+gain. The one that agrees most with the others is kept then.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from metamerge.structure import Layout
 from metamerge.weights import Weights
 
 ALIKE = 0.8  # median agreement on made inputs from which on a member is kept as it is
+SAME = 0.86  # and median share of given inputs on which its vote is that of the others
+FEW = 100  # given inputs below which strange probes and made inputs are better than none
+FEW_MAPS = 16  # the same for networks with convolutions, which take more harm from these
 ENOUGH = 1000  # inputs from which on they need no probes beside them
 
 
@@ -30,14 +34,14 @@ class Watched(NamedTuple):
         inputs: Inputs, ``[b, ...]``.
         told: What these are, in words.
         kept: Number of the member to be kept as it is; None to fuse all.
-        alone: Whether these are given inputs without the merger's probes, which are strange.
+        given: Whether inputs are given, and stand alone since the merger's probes are strange.
     """
 
     families: Tensor
     inputs: Tensor
     told: str
     kept: int | None = None
-    alone: bool = False
+    given: bool = False
 
 
 def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[Watched]:
@@ -77,13 +81,15 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
 
     Args:
         merger: A merger, whose ``config`` says whether ``inputs`` are of use beside its probes.
-        members: Aligned members, ``[1, m, ...]``.
+        members: Aligned members in canonical order, ``[1, m, ...]``.
         layout: Their architecture.
         inputs: ``[b, ...]``.
 
     Returns:
-        The inputs, and learned probes beside them where they are few; strange probes would do harm
-        there. Where inputs have proved to be worth less than the merger's probes, these alone.
+        The inputs, and learned probes beside them where they are few. Where inputs have proved to
+        be worth less than the merger's probes, these alone. Strange probes would do harm beside
+        inputs, unless there are hardly any: then all that would be watched without inputs stands
+        beside them. Members that are alike on inputs that stand alone are not to be fused.
 
     Raises:
         ConfigError: If the inputs are not those of this architecture.
@@ -91,11 +97,15 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
     check_fit(layout.program, inputs)
     one, told = torch.zeros(1, dtype=torch.long), f"{len(inputs)} inputs"
     probes = merger.probes(inputs.shape[1:])
-    if probes is None:
-        return Watched(one, inputs, told)
+    if probes is None or strange(merger, members, layout, probes.detach()).any():
+        linear = all(layer.linear for layer in layout.layers)
+        if len(inputs) >= (FEW if linear else FEW_MAPS):
+            kept = same_voice(answers_of(members, layout, inputs)[0])
+            return Watched(one, inputs, told, kept, given=True)
+        (watched,) = watched_inputs(merger, members, layout)
+        both = torch.cat([inputs, watched.inputs.to(inputs)])
+        return watched._replace(inputs=both, told=f"{told}, {watched.told}")
     probes = probes.detach()
-    if strange(merger, members, layout, probes).any():
-        return Watched(one, inputs, told, alone=True)
     own = f"{len(probes)} learned probes"
     if not merger.config.inputs:
         return Watched(one, probes, f"{own}; beside these, inputs did harm in training")
@@ -159,6 +169,31 @@ def typical(answers: Tensor) -> int | None:
     sound = in_agreement(likely)
     found = agreement(likely[sound])
     return int(sound[found.argmax()]) if found.median() >= ALIKE else None
+
+
+def same_voice(answers: Tensor) -> int | None:
+    """The member that speaks for all, where members cast the same votes on inputs of their task.
+
+    Probabilities do not tell this, since members are in doubt about inputs of their task alike.
+
+    Args:
+        answers: Members' logits on inputs that were given, ``[m, b, c]``.
+
+    Returns:
+        Number of the member that agrees most with the others, if half of at least three that have
+        anything in common vote as the others on a share of the inputs that is above ``SAME`` by its
+        standard error; None otherwise, and where there are no classes.
+    """
+    if not is_choice(answers):
+        return None
+    likely = answers.float().softmax(-1)
+    sound = in_agreement(likely)
+    votes = F.one_hot(likely[sound].argmax(-1), likely.shape[-1]).float()
+    share = agreement(votes).median()
+    error = (share * (1 - share) / answers.shape[1]) ** 0.5
+    if len(sound) < 3 or share - error < SAME:
+        return None
+    return int(sound[agreement(likely[sound]).argmax()])
 
 
 def _entropy(likely: Tensor) -> Tensor:

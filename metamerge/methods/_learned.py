@@ -8,14 +8,11 @@ from torch import nn
 
 from metamerge.calibration import Batches, collect
 from metamerge.errors import ConfigError
-from metamerge.mergers import adapt, bundled_merger, fuse
-from metamerge.mergers.watching import watched_beside
+from metamerge.mergers import adapt, bundled_merger, fuse, fuse_beside
 from metamerge.methods._combination import combine, restore
 from metamerge.options import check_choice, check_count
 from metamerge.structure import Layout
 from metamerge.weights import Weights, stack, widened
-
-LONGER = 4  # times as many steps of refining on inputs that stand alone
 
 
 def merge_learned(
@@ -71,10 +68,7 @@ def merge_learned(
     elif inputs is None:
         fused = fuse(merger, members, layout, steps=refine, report=told)
     else:
-        watched = watched_beside(merger, members, layout, inputs)
-        told["watched_on"] = watched.told
-        steps = LONGER * merger.config.refine if watched.alone and refine is None else refine
-        fused = fuse(merger, members, layout, watched.inputs, steps=steps)
+        fused = fuse_beside(merger, members, layout, inputs, steps=refine, report=told)
     if report is not None:
         report.update(told)
     return restore({key: tensor[0] for key, tensor in fused.items()}, weights)

@@ -7,11 +7,14 @@ import torch
 
 from metamerge.alignment import weight_matching
 from metamerge.calibration import predict
-from metamerge.mergers import fuse
+from metamerge.mergers import fuse, fuse_beside
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.inversion import invert
 from metamerge.mergers.ordering import in_canonical_order
 from metamerge.mergers.watching import (
+    FEW,
+    FEW_MAPS,
+    same_voice,
     strange,
     told_apart,
     typical,
@@ -89,7 +92,7 @@ def test_strange_probes_are_joined_by_inputs_of_each_familys_own(
     for family, watched in enumerate((first, second)):
         made = invert(only(members, family), mlp_case.layout, probes, (1, 8, 8))
         assert torch.equal(watched.inputs, torch.cat([probes, made]))
-        assert (watched.kept, watched.alone) == (None, False)
+        assert (watched.kept, watched.given) == (None, False)
     assert not torch.equal(first.inputs, second.inputs)
 
 
@@ -177,18 +180,31 @@ def test_inputs_that_are_worth_less_than_the_probes_are_left_out(mlp_case, make_
             make_merger(inputs=useful), only(mlp_case.members, 0), mlp_case.layout, inputs
         )
         assert torch.equal(watched.inputs, asked)
-        assert (watched.told, watched.alone) == (told, False)
+        assert (watched.told, watched.given) == (told, False)
 
 
 @pytest.mark.parametrize("useful", [True, False])
-@pytest.mark.parametrize("count", [20, 1000])
+@pytest.mark.parametrize("count", [FEW, 1000])
 def test_inputs_stand_alone_where_probes_are_strange(
     mlp_case, make_merger, only, knowing, useful, count
 ):
     merger, inputs = make_merger(familiar=1.0, inputs=useful), torch.rand(count, 1, 8, 8)
     watched = watched_beside(merger, only(knowing(mlp_case), 0), mlp_case.layout, inputs)
     assert torch.equal(watched.inputs, inputs)
-    assert (watched.told, watched.alone) == (f"{count} inputs", True)
+    assert (watched.told, watched.given) == (f"{count} inputs", True)
+
+
+def test_hardly_any_inputs_are_joined_by_strange_probes_and_made_inputs(
+    case, make_merger, only, knowing
+):
+    merger, members = make_merger(familiar=1.0), only(knowing(case), 0)
+    few = FEW if all(layer.linear for layer in case.layout.layers) else FEW_MAPS
+    inputs = torch.rand(few, 1, 8, 8)
+    (without,) = watched_inputs(merger, members, case.layout)
+    watched = watched_beside(merger, members, case.layout, inputs[:-1])
+    assert torch.equal(watched.inputs, torch.cat([inputs[:-1], without.inputs]))
+    assert (watched.told, watched.given) == (f"{few - 1} inputs, {without.told}", False)
+    assert watched_beside(merger, members, case.layout, inputs).given
 
 
 # ---------------------------------------------------------------------------- who is kept
@@ -210,7 +226,7 @@ def test_of_members_that_are_alike_one_is_kept_to_the_bit(alike, make_merger, fa
     merger, report = familiar(make_merger(refine=3), 1.0), {}
     found = fuse(merger, members, layout, report=report)
     assert report["kept"] in range(5)
-    assert "Pass inputs of their task (batches=) to fuse them" in report["note"]
+    assert "Inputs of their task (batches=) show better which that is" in report["note"]
     for key, tensor in found.items():
         assert torch.equal(tensor[0], members[key][0, report["kept"]])
     turn = torch.tensor([2, 4, 1, 0, 3])
@@ -218,6 +234,53 @@ def test_of_members_that_are_alike_one_is_kept_to_the_bit(alike, make_merger, fa
     turned = fuse(merger, {k: t[:, turn] for k, t in members.items()}, layout, report=again)
     assert turn[again["kept"]] == report["kept"]
     assert all(torch.equal(turned[key], tensor) for key, tensor in found.items())
+
+
+def test_the_member_whose_votes_are_those_of_all_by_hand():
+    """Of members that are sure of what they say, on 100 inputs of two classes."""
+    same = 50 * torch.eye(2)[torch.arange(100) % 2]
+    other = same.clone()
+    other[:20] = 50 * torch.eye(2)[1 - torch.arange(20) % 2]  # votes as the rest on 80 of 100
+    odd = same.flip(-1)
+    assert same_voice(torch.stack([other, same, same])) == 1  # 0.8, 0.9, 0.9: 0.9 - 0.03 > 0.86
+    third = other.roll(20, 0)
+    assert same_voice(torch.stack([other, same, third])) is None  # 0.7, 0.8, 0.7
+    assert same_voice(torch.stack([odd, other, same, same])) == 2  # who contradicts has no say
+    assert same_voice(torch.stack([same, same])) is None  # of two, neither speaks for all
+    assert same_voice(torch.stack([odd, same, same])) is None
+    assert same_voice(torch.stack([same[..., :1]] * 3)) is None  # no classes
+
+
+def test_few_inputs_have_to_show_more_agreement():
+    same = 50 * torch.eye(2)[torch.arange(1000) % 2]
+    other = same.clone()
+    other[::4] = same[::4].flip(-1)  # shares 0.75, 0.875, 0.875
+    answers = torch.stack([other, same, same])
+    assert same_voice(answers) == 1  # 0.875 - 0.01
+    assert same_voice(answers[:, :100]) is None  # 0.875 - 0.03
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 9, 9)])
+def test_of_members_that_cast_the_same_votes_on_inputs_one_is_kept(
+    alike, make_merger, familiar, shape
+):
+    """Where probes are strange to them, and where there are none of this shape."""
+    layout, members = alike
+    merger = familiar(make_merger(shapes=(shape,), refine=3), 1.0)
+    report, inputs = {}, torch.rand(FEW, 1, 8, 8)
+    one = {key: tensor[:1] for key, tensor in members.items()}
+    found = fuse_beside(merger, one, layout, inputs, report=report)
+    assert "cast the same votes" in report["note"]
+    for key, tensor in found.items():
+        assert torch.equal(tensor[0], members[key][0, report["kept"]])
+    turn, again = torch.tensor([2, 4, 1, 0, 3]), {}
+    turned = fuse_beside(
+        merger, {k: t[:, turn] for k, t in one.items()}, layout, inputs, report=again
+    )
+    assert turn[again["kept"]] == report["kept"]
+    assert all(torch.equal(turned[key], tensor) for key, tensor in found.items())
+    near = fuse_beside(merger, one, layout, inputs, steps=1)["1.weight"][0]
+    assert 0 < (near - members["1.weight"][0, report["kept"]]).abs().max() < 2e-3
 
 
 def test_members_that_are_alike_are_fused_where_probes_or_inputs_are_familiar(alike, make_merger):

@@ -91,13 +91,24 @@ def test_few_inputs_join_the_probes(mlp_layout, mlp_members):
 def test_few_inputs_stand_alone_and_count_for_more_where_probes_are_strange(
     mlp_layout, mlp_members
 ):
-    merger, inputs, report = make_merger(0.1, refine=2, familiar=1.0), torch.randn(20, 5), {}
+    merger, inputs, report = make_merger(0.1, refine=2, familiar=1.0), torch.randn(200, 5), {}
     expected = fuse(merger, family(mlp_members), mlp_layout, inputs, steps=8)
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
     assert_equal(fused, first_of(expected, mlp_members), 0)
-    assert report == {"watched_on": "20 inputs"}
+    assert report == {"watched_on": "200 inputs"}
     asked = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, refine=2)
     assert not torch.allclose(asked["0.weight"], fused["0.weight"], atol=1e-5)
+
+
+def test_hardly_any_inputs_stand_beside_all_that_there_is(mlp_layout, mlp_members):
+    merger, inputs, report = make_merger(0.1, refine=2, familiar=1.0), torch.randn(20, 5), {}
+    fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
+    assert report["watched_on"] == (
+        "20 inputs, 32 learned probes, strange to the members, and 32 made from the members"
+    )
+    for batches in (None, inputs[:19]):
+        other = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=batches)
+        assert not torch.allclose(other["0.weight"], fused["0.weight"], atol=1e-6)
 
 
 def test_who_is_watched_on_strange_probes_is_told_so(mlp_layout, mlp_members):
@@ -110,11 +121,11 @@ def test_who_is_watched_on_strange_probes_is_told_so(mlp_layout, mlp_members):
 
 
 def test_few_inputs_of_a_shape_without_probes_stand_alone(mlp_layout, mlp_members):
-    merger, inputs, report = make_merger(0.1, shape=(7,)), torch.randn(20, 5), {}
+    merger, inputs, report = make_merger(0.1, shape=(7,)), torch.randn(200, 5), {}
     expected = fuse(merger, family(mlp_members), mlp_layout, inputs)
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
     assert_equal(fused, first_of(expected, mlp_members), 0)
-    assert report == {"watched_on": "20 inputs"}
+    assert report == {"watched_on": "200 inputs"}
 
 
 def test_labelled_inputs_adapt_the_fused_network(mlp_layout, mlp_members):
