@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metamerge.calibration import check_fit, divergence, predict
-from metamerge.mergers.gate import answers_of, consensus
+from metamerge.mergers.gate import TOLD, answers_of, consensus
 from metamerge.mergers.ordering import in_canonical_order, member_order
 from metamerge.mergers.probes import filled_up
 from metamerge.mergers.watching import Watched, watched_beside, watched_inputs
@@ -26,15 +26,14 @@ TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
 LONGER = 4  # times as many steps on inputs that stand alone
-KEPT_ON_MADE = (
+KEPT = (
     "the members agree on nearly all inputs that were made from them: the one that agrees most "
-    "with the others is kept as it is. Inputs of their task (batches=) show better which that is, "
-    "and whether to fuse them."
+    "with the others is kept as it is. Pass inputs of their task (batches=) for it to learn what "
+    "all of them say."
 )
-KEPT_ON_GIVEN = (
+STARTED = (
     "the members cast the same votes on nearly all of the inputs: the one that agrees most with "
-    "the others is kept as it is. A merger that is trained on networks of this task can go beyond "
-    "it, and so can labels beside the inputs."
+    "the others is the start, and learns the soft vote of all on the inputs."
 )
 AGREED = 1e-6  # divergence below which there is nothing to refine
 
@@ -104,7 +103,7 @@ def fuse_beside(
         steps: Steps of refining; None for as many as proved best when the merger was trained, and
             ``LONGER`` times as many on inputs that stand alone since probes are strange.
         report: Takes what members were ``watched_on``, and the number of the one that was ``kept``
-            as it is, if any.
+            as it is or ``started_from``, if any.
 
     Returns:
         Fused weights, ``[1, ...]``.
@@ -114,10 +113,9 @@ def fuse_beside(
     """
     ordered, perm = in_canonical_order(members, layout)
     watched = watched_beside(merger, ordered, layout, inputs)
+    steps = _enough(merger, watched) if steps is None else steps
     if report is not None:
-        _tell(watched, members, report)
-    if steps is None and watched.given and watched.kept is None:
-        steps = LONGER * merger.config.refine
+        _tell(watched, members, report, learns=watched.voters is not None and steps > 0)
     return layout.spec.unpermute(fuse_on(merger, ordered, layout, watched, steps=steps), perm)
 
 
@@ -129,30 +127,33 @@ def fuse_on(
     *,
     steps: int | None = None,
 ) -> Weights:
-    """Merge and refine families that are watched on the same inputs, or keep one of their members.
+    """Merge and refine families that are watched on the same inputs, or take one of their members.
 
     Args:
         merger: A trained merger.
         members: Their aligned members in canonical order, ``[f, m, ...]``.
         layout: Their architecture.
-        watched: What they are watched on, and which member is to be kept.
-        steps: Steps of refining; None for as many as proved best when the merger was trained, and
-            for none where a member is kept.
+        watched: What they are watched on, and which member is to be kept or to learn from others.
+        steps: Steps of refining; None for as many as proved best when the merger was trained,
+            ``LONGER`` times as many on given inputs, and none where a member is to be kept.
 
     Returns:
         Weights ``[f, ...]``, with units in the order of the members.
     """
-    kept = None
+    steps = _enough(merger, watched) if steps is None else steps
     if watched.kept is not None:
         kept = {key: tensor[:, watched.kept] for key, tensor in members.items()}
         if not steps:
             return kept
     shown = filled_up(watched.inputs, layout, merger.config.mixtures)
+    if watched.voters is not None:
+        voters = {key: tensor[:, watched.voters] for key, tensor in members.items()}
+        return refine(kept, voters, layout, shown, None, steps=steps)
     fused, trust = merger(members, layout, shown)
-    steps = merger.config.refine if steps is None else steps
     if not steps:
         return fused
-    return refine(kept or fused, members, layout, shown.detach(), trust, steps=steps)
+    start = fused if watched.kept is None else kept
+    return refine(start, members, layout, shown.detach(), trust, steps=steps)
 
 
 def refine(
@@ -160,7 +161,7 @@ def refine(
     members: Weights,
     layout: Layout,
     inputs: Tensor,
-    trust: Tensor,
+    trust: Tensor | None,
     *,
     steps: int,
     lr: float = 1e-3,
@@ -173,7 +174,7 @@ def refine(
         members: Their aligned members, ``[f, m, ...]``.
         layout: Their architecture.
         inputs: Probes or calibration inputs, ``[b, ...]``.
-        trust: What the gate read of the members, ``[f, m, c, TOLD]``.
+        trust: What the gate read of the members, ``[f, m, c, TOLD]``; None to trust all alike.
         steps: Number of steps; the learning rate falls to 0 over them.
         lr: Learning rate of the first step.
         generator: Source of the order of inputs.
@@ -184,7 +185,10 @@ def refine(
     """
     chosen = generator or torch.Generator().manual_seed(0)
     with torch.no_grad():
-        agreed = consensus(trust.detach(), answers_of(members, layout, inputs))
+        answers = answers_of(members, layout, inputs)
+        if trust is None:
+            trust = answers.new_zeros(*answers.shape[:2], answers.shape[-1], TOLD)
+        agreed = consensus(trust.detach(), answers)
         apart = divergence(predict(fused, layout, inputs), agreed.softmax(-1))
         wanted = (agreed / TEMPERATURE).softmax(-1)
     rates = lr * (apart > AGREED)
@@ -247,13 +251,22 @@ def descend(
     return {**{key: tensor.clone() for key, tensor in weights.items()}, **_tied(done, layout)}
 
 
-def _tell(watched: Watched, members: Weights, report: dict[str, Any]) -> None:
+def _enough(merger: nn.Module, watched: Watched) -> int:
+    """Steps of refining: none for a member that is kept, and more on inputs that stand alone."""
+    if watched.kept is not None and watched.voters is None:
+        return 0
+    return merger.config.refine * (LONGER if watched.given else 1)
+
+
+def _tell(
+    watched: Watched, members: Weights, report: dict[str, Any], *, learns: bool = False
+) -> None:
     """Say what the first family was watched on, and who is kept, by the number it came with."""
     report["watched_on"] = watched.told
     if watched.kept is not None:
         order = member_order(members)[int(watched.families[0])]
-        report["kept"] = int(order[watched.kept])
-        report["note"] = KEPT_ON_GIVEN if watched.given else KEPT_ON_MADE
+        report["started_from" if learns else "kept"] = int(order[watched.kept])
+        report["note"] = STARTED if learns else KEPT
 
 
 def _typical(grad: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Watching: the inputs that members are shown, and whom these say to leave as they are.
+"""Watching: the inputs that members are shown, and whom these say not to fuse.
 
 A merger's own probes are best where its members are of its tasks. Where the probes are strange to
 them, inputs that are made from the members stand beside them, or inputs that are given in their
 place. Members that agree on nearly all of those are alike: every one of them knows what all know,
-while a network that is fused on inputs that no merger has learned from loses more than there is to
-gain. The one that agrees most with the others is kept then.
+and a gate that has learned on other tasks is worse than the soft vote. The one that agrees most
+with the others is kept then, or learns their soft vote on the inputs that are given.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,8 @@ class Watched(NamedTuple):
         families: Their numbers, ``[n]``.
         inputs: Inputs, ``[b, ...]``.
         told: What these are, in words.
-        kept: Number of the member to be kept as it is; None to fuse all.
+        kept: Number of the member to be kept as it is, or to start from; None to fuse all.
+        voters: Numbers of the members whose soft vote it is to learn, ``[n]``; None for no one's.
         given: Whether inputs are given, and stand alone since the merger's probes are strange.
     """
 
@@ -41,6 +42,7 @@ class Watched(NamedTuple):
     inputs: Tensor
     told: str
     kept: int | None = None
+    voters: Tensor | None = None
     given: bool = False
 
 
@@ -89,7 +91,8 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
         The inputs, and learned probes beside them where they are few. Where inputs have proved to
         be worth less than the merger's probes, these alone. Strange probes would do harm beside
         inputs, unless there are hardly any: then all that would be watched without inputs stands
-        beside them. Members that are alike on inputs that stand alone are not to be fused.
+        beside them. Of members that are alike on inputs that stand alone, one is to learn what all
+        of them say.
 
     Raises:
         ConfigError: If the inputs are not those of this architecture.
@@ -100,8 +103,8 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
     if probes is None or strange(merger, members, layout, probes.detach()).any():
         linear = all(layer.linear for layer in layout.layers)
         if len(inputs) >= (FEW if linear else FEW_MAPS):
-            kept = same_voice(answers_of(members, layout, inputs)[0])
-            return Watched(one, inputs, told, kept, given=True)
+            alike = same_voice(answers_of(members, layout, inputs)[0]) or (None, None)
+            return Watched(one, inputs, told, *alike, given=True)
         (watched,) = watched_inputs(merger, members, layout)
         both = torch.cat([inputs, watched.inputs.to(inputs)])
         return watched._replace(inputs=both, told=f"{told}, {watched.told}")
@@ -171,7 +174,7 @@ def typical(answers: Tensor) -> int | None:
     return int(sound[found.argmax()]) if found.median() >= ALIKE else None
 
 
-def same_voice(answers: Tensor) -> int | None:
+def same_voice(answers: Tensor) -> tuple[int, Tensor] | None:
     """The member that speaks for all, where members cast the same votes on inputs of their task.
 
     Probabilities do not tell this, since members are in doubt about inputs of their task alike.
@@ -180,9 +183,9 @@ def same_voice(answers: Tensor) -> int | None:
         answers: Members' logits on inputs that were given, ``[m, b, c]``.
 
     Returns:
-        Number of the member that agrees most with the others, if half of at least three that have
-        anything in common vote as the others on a share of the inputs that is above ``SAME`` by its
-        standard error; None otherwise, and where there are no classes.
+        Number of the member that agrees most with the others, and numbers of all that have anything
+        in common, if half of these vote as the others on a share of the inputs that is above
+        ``SAME`` by its standard error; None otherwise, and where there are no classes.
     """
     if not is_choice(answers):
         return None
@@ -191,9 +194,9 @@ def same_voice(answers: Tensor) -> int | None:
     votes = F.one_hot(likely[sound].argmax(-1), likely.shape[-1]).float()
     share = agreement(votes).median()
     error = (share * (1 - share) / answers.shape[1]) ** 0.5
-    if len(sound) < 3 or share - error < SAME:
+    if share - error < SAME:
         return None
-    return int(sound[agreement(likely[sound]).argmax()])
+    return int(sound[agreement(likely[sound]).argmax()]), sound
 
 
 def _entropy(likely: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def autoencoder(
             helps in cross-validation; if not, they are not looked at.
         generator: Source of randomness of the adaptation.
         report: Takes what members were ``watched_on``, the number of the one that was ``kept`` as
-            it is, if any, and what was chosen by labels.
+            it is or ``started_from``, if any, and what was chosen by labels.
 
     Returns:
         New state dict with the members' names, shapes and dtypes.

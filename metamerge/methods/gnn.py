@@ -34,8 +34,10 @@ def gnn(
     Without ``batches`` members are watched on the merger's learned probes (on imagined ones, where
     it has none of their inputs' shape). Where these are strange to them, inputs are made from the
     members, and of members that agree on nearly all of those one is kept as it is. Inputs take the
-    place of the probes, or join them where they are fewer, if that has proved to be of use. With
-    labels the fused network is adapted to them as well, as far as that helps in cross-validation.
+    place of the probes, or join them where they are fewer, if that has proved to be of use; where
+    probes are strange and members cast the same votes on the inputs, one learns the soft vote of
+    all. With labels the fused network is adapted to them as well, as far as that helps in
+    cross-validation.
 
     Args:
         weights: One state dict per member, of one architecture. A single one comes back as it is.
@@ -48,7 +50,7 @@ def gnn(
             helps in cross-validation; if not, they are not looked at.
         generator: Source of randomness of the adaptation.
         report: Takes what members were ``watched_on``, the number of the one that was ``kept`` as
-            it is, if any, and what was chosen by labels.
+            it is or ``started_from``, if any, and what was chosen by labels.
 
     Returns:
         New state dict with the members' names, shapes and dtypes.

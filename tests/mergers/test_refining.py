@@ -148,6 +148,16 @@ def test_refining_comes_nearer_to_the_consensus(case, lr):
     assert (apart(many) < apart(few)).all()
 
 
+def test_who_trusts_all_alike_learns_the_mean_of_their_logits(case):
+    start, layout = average(case.members), case.layout
+    found = refine(start, case.members, layout, case.inputs, None, steps=200)
+    wanted = answers_of(case.members, layout, case.inputs).mean(1).softmax(-1)
+    before, after = (
+        divergence(predict(w, layout, case.inputs), wanted).mean() for w in (start, found)
+    )
+    assert after < before / 2
+
+
 def test_members_that_agree_stay_as_they_are(case):
     single = {key: tensor[:, 0] for key, tensor in case.members.items()}
     copies = {key: tensor[:, :1].expand_as(tensor) for key, tensor in case.members.items()}

@@ -7,10 +7,11 @@ import torch
 
 from metamerge.alignment import weight_matching
 from metamerge.calibration import predict
-from metamerge.mergers import fuse, fuse_beside
+from metamerge.mergers import fuse, fuse_beside, refine
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.inversion import invert
-from metamerge.mergers.ordering import in_canonical_order
+from metamerge.mergers.ordering import in_canonical_order, member_order
+from metamerge.mergers.refining import LONGER
 from metamerge.mergers.watching import (
     FEW,
     FEW_MAPS,
@@ -226,7 +227,7 @@ def test_of_members_that_are_alike_one_is_kept_to_the_bit(alike, make_merger, fa
     merger, report = familiar(make_merger(refine=3), 1.0), {}
     found = fuse(merger, members, layout, report=report)
     assert report["kept"] in range(5)
-    assert "Inputs of their task (batches=) show better which that is" in report["note"]
+    assert "Pass inputs of their task (batches=)" in report["note"]
     for key, tensor in found.items():
         assert torch.equal(tensor[0], members[key][0, report["kept"]])
     turn = torch.tensor([2, 4, 1, 0, 3])
@@ -242,13 +243,20 @@ def test_the_member_whose_votes_are_those_of_all_by_hand():
     other = same.clone()
     other[:20] = 50 * torch.eye(2)[1 - torch.arange(20) % 2]  # votes as the rest on 80 of 100
     odd = same.flip(-1)
-    assert same_voice(torch.stack([other, same, same])) == 1  # 0.8, 0.9, 0.9: 0.9 - 0.03 > 0.86
     third = other.roll(20, 0)
-    assert same_voice(torch.stack([other, same, third])) is None  # 0.7, 0.8, 0.7
-    assert same_voice(torch.stack([odd, other, same, same])) == 2  # who contradicts has no say
-    assert same_voice(torch.stack([same, same])) is None  # of two, neither speaks for all
-    assert same_voice(torch.stack([odd, same, same])) is None
-    assert same_voice(torch.stack([same[..., :1]] * 3)) is None  # no classes
+    for members, kept, voters in (
+        ((other, same, same), 1, [0, 1, 2]),  # 0.8, 0.9, 0.9: 0.9 - 0.03 > 0.86
+        ((odd, other, same, same), 2, [1, 2, 3]),  # who contradicts has no say
+        ((same, same), 0, [0, 1]),
+    ):
+        found = same_voice(torch.stack(members))
+        assert (found[0], found[1].tolist()) == (kept, voters)
+    for members in (
+        (other, same, third),  # 0.7, 0.8, 0.7
+        (odd, same),
+        (same[..., :1], same[..., :1]),  # no classes
+    ):
+        assert same_voice(torch.stack(members)) is None
 
 
 def test_few_inputs_have_to_show_more_agreement():
@@ -256,31 +264,59 @@ def test_few_inputs_have_to_show_more_agreement():
     other = same.clone()
     other[::4] = same[::4].flip(-1)  # shares 0.75, 0.875, 0.875
     answers = torch.stack([other, same, same])
-    assert same_voice(answers) == 1  # 0.875 - 0.01
+    assert same_voice(answers)[0] == 1  # 0.875 - 0.01
     assert same_voice(answers[:, :100]) is None  # 0.875 - 0.03
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 9, 9)])
-def test_of_members_that_cast_the_same_votes_on_inputs_one_is_kept(
+def test_one_of_members_that_cast_the_same_votes_learns_their_soft_vote(
     alike, make_merger, familiar, shape
 ):
     """Where probes are strange to them, and where there are none of this shape."""
     layout, members = alike
     merger = familiar(make_merger(shapes=(shape,), refine=3), 1.0)
     report, inputs = {}, torch.rand(FEW, 1, 8, 8)
-    one = {key: tensor[:1] for key, tensor in members.items()}
-    found = fuse_beside(merger, one, layout, inputs, report=report)
-    assert "cast the same votes" in report["note"]
-    for key, tensor in found.items():
-        assert torch.equal(tensor[0], members[key][0, report["kept"]])
-    turn, again = torch.tensor([2, 4, 1, 0, 3]), {}
-    turned = fuse_beside(
-        merger, {k: t[:, turn] for k, t in one.items()}, layout, inputs, report=again
+    ordered, perm = in_canonical_order(members, layout)
+    number = same_voice(answers_of(ordered, layout, inputs)[0])[0]
+    start = {key: tensor[:, number] for key, tensor in ordered.items()}
+    expected = layout.spec.unpermute(
+        refine(start, ordered, layout, inputs, None, steps=LONGER * 3), perm
     )
-    assert turn[again["kept"]] == report["kept"]
-    assert all(torch.equal(turned[key], tensor) for key, tensor in found.items())
-    near = fuse_beside(merger, one, layout, inputs, steps=1)["1.weight"][0]
-    assert 0 < (near - members["1.weight"][0, report["kept"]]).abs().max() < 2e-3
+    found = fuse_beside(merger, members, layout, inputs, report=report)
+    assert report["started_from"] == member_order(members)[0, number]
+    assert "learns the soft vote of all" in report["note"]
+    assert "kept" not in report
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor)
+    turn = torch.tensor([2, 4, 1, 0, 3])
+    turned = fuse_beside(merger, {k: t[:, turn] for k, t in members.items()}, layout, inputs)
+    assert all(torch.equal(turned[key], tensor) for key, tensor in expected.items())
+
+
+def test_without_steps_the_member_that_was_to_learn_is_kept(alike, make_merger, familiar):
+    layout, members = alike
+    inputs = torch.rand(FEW, 1, 8, 8)
+    for merger, steps in ((make_merger(refine=3), 0), (make_merger(), None)):
+        report = {}
+        found = fuse_beside(
+            familiar(merger, 1.0), members, layout, inputs, steps=steps, report=report
+        )
+        assert "started_from" not in report
+        for key, tensor in found.items():
+            assert torch.equal(tensor[0], members[key][0, report["kept"]])
+
+
+def test_noise_has_no_vote_among_members_that_cast_the_same_ones(alike, make_merger, familiar):
+    layout, members = alike
+    merger, noisy = familiar(make_merger(refine=3), 1.0), {}
+    generator = torch.Generator().manual_seed(0)
+    for key, tensor in members.items():
+        noise = tensor.std() * torch.randn(1, 1, *tensor.shape[2:], generator=generator)
+        noisy[key] = torch.cat([noise, tensor], 1)
+    inputs = torch.rand(FEW, 1, 8, 8)
+    found, expected = (fuse_beside(merger, own, layout, inputs) for own in (noisy, members))
+    for key, tensor in expected.items():
+        assert torch.allclose(found[key], tensor, atol=1e-5)
 
 
 def test_members_that_are_alike_are_fused_where_probes_or_inputs_are_familiar(alike, make_merger):
