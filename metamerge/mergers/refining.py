@@ -28,8 +28,8 @@ DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradie
 LONGER = 4  # times as many steps on inputs that stand alone
 KEPT = (
     "the members agree on nearly all inputs that were made from them: the one that agrees most "
-    "with the others is kept as it is. Pass inputs of their task (batches=) for it to learn what "
-    "all of them say."
+    "with the others is kept as it is. Pass a hundred inputs of their task or more (batches=) for "
+    "it to learn what all of them say."
 )
 STARTED = (
     "the members cast the same votes on nearly all of the inputs: the one that agrees most with "

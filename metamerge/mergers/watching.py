@@ -4,7 +4,8 @@ A merger's own probes are best where its members are of its tasks. Where the pro
 them, inputs that are made from the members stand beside them, or inputs that are given in their
 place. Members that agree on nearly all of those are alike: every one of them knows what all know,
 and a gate that has learned on other tasks is worse than the soft vote. The one that agrees most
-with the others is kept then, or learns their soft vote on the inputs that are given.
+with the others is kept then, or learns their soft vote on the inputs that are given; not where
+members lie in one basin, whose middle is better than any of them.
 """
 
 from typing import NamedTuple
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from metamerge.calibration import check_fit
 from metamerge.mergers.gate import answers_of, is_choice
 from metamerge.mergers.inversion import agreement, in_agreement, invert
+from metamerge.mergers.reading import disagreement
 from metamerge.structure import Layout
 from metamerge.weights import Weights
 
 ALIKE = 0.8  # median agreement on made inputs from which on a member is kept as it is
 SAME = 0.86  # and median share of given inputs on which its vote is that of the others
+NEAR = 0.2  # spread of weights over their mean square below which members lie in one basin
 FEW = 100  # given inputs below which strange probes and made inputs are better than none
 FEW_MAPS = 16  # the same for networks with convolutions, which take more harm from these
 ENOUGH = 1000  # inputs from which on they need no probes beside them
@@ -73,7 +76,7 @@ def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[
     for family in odd.nonzero():
         own = {key: tensor[family.to(tensor.device)] for key, tensor in members.items()}
         made = invert(own, layout, probes, grid)
-        kept = typical(answers_of(own, layout, made)[0])
+        kept = None if near(own, layout) else typical(answers_of(own, layout, made)[0])
         found.append(Watched(family, torch.cat([probes, made]), words, kept))
     return found
 
@@ -103,8 +106,10 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
     if probes is None or strange(merger, members, layout, probes.detach()).any():
         linear = all(layer.linear for layer in layout.layers)
         if len(inputs) >= (FEW if linear else FEW_MAPS):
-            alike = same_voice(answers_of(members, layout, inputs)[0]) or (None, None)
-            return Watched(one, inputs, told, *alike, given=True)
+            alike = None
+            if not near(members, layout):
+                alike = same_voice(answers_of(members, layout, inputs)[0])
+            return Watched(one, inputs, told, *(alike or (None, None)), given=True)
         (watched,) = watched_inputs(merger, members, layout)
         both = torch.cat([inputs, watched.inputs.to(inputs)])
         return watched._replace(inputs=both, told=f"{told}, {watched.told}")
@@ -197,6 +202,22 @@ def same_voice(answers: Tensor) -> tuple[int, Tensor] | None:
     if share - error < SAME:
         return None
     return int(sound[agreement(likely[sound]).argmax()]), sound
+
+
+def near(members: Weights, layout: Layout) -> bool:
+    """Whether members of one family lie in one basin, as those of one init do; then they are fused.
+
+    Args:
+        members: Aligned members, ``[1, m, ...]``.
+        layout: Their architecture.
+
+    Returns:
+        Whether their variance over their mean square, unbiased and on average of all layers, is
+        below ``NEAR``. Of networks of inits of their own it is about half, once they are aligned.
+    """
+    count = len(next(iter(members.values()))[0])
+    spread = torch.stack([own.mean() for own in disagreement(members, layout).values()]).mean()
+    return bool(spread * count < NEAR * (count - 1))
 
 
 def _entropy(likely: Tensor) -> Tensor:

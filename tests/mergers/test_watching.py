@@ -15,6 +15,7 @@ from metamerge.mergers.refining import LONGER
 from metamerge.mergers.watching import (
     FEW,
     FEW_MAPS,
+    near,
     same_voice,
     strange,
     told_apart,
@@ -26,14 +27,16 @@ from metamerge.mergers.watching import (
 
 @pytest.fixture(scope="module")
 def alike(digits_zoo):
-    """A member of a zoo of digits, sure of what it says, five times with other noise on each."""
+    """A member of a zoo of digits, sure of what it says, five times: with other noise on each, and
+    with its units in another order, so that they are as far apart as networks of other inits."""
     generator = torch.Generator().manual_seed(0)
     members, last = {}, list(digits_zoo.unseen)[-2:]
     for key, tensor in digits_zoo.unseen.items():
         noise = torch.randn(1, 5, *tensor.shape[2:], generator=generator)
         one = tensor[:1, :1] * (5 if key in last else 1)
         members[key] = one + 0.05 * one.std() * noise
-    return digits_zoo.layout, members
+    spec = digits_zoo.layout.spec
+    return digits_zoo.layout, spec.permute(members, spec.random(generator, (1, 5)))
 
 
 # ---------------------------------------------------------------------------- what is told apart
@@ -227,7 +230,7 @@ def test_of_members_that_are_alike_one_is_kept_to_the_bit(alike, make_merger, fa
     merger, report = familiar(make_merger(refine=3), 1.0), {}
     found = fuse(merger, members, layout, report=report)
     assert report["kept"] in range(5)
-    assert "Pass inputs of their task (batches=)" in report["note"]
+    assert "Pass a hundred inputs of their task or more (batches=)" in report["note"]
     for key, tensor in found.items():
         assert torch.equal(tensor[0], members[key][0, report["kept"]])
     turn = torch.tensor([2, 4, 1, 0, 3])
@@ -349,6 +352,36 @@ def test_noise_among_members_that_are_alike_is_not_kept(alike, make_merger, fami
         noisy[key] = torch.cat([noise, tensor], 1)
     fuse(familiar(make_merger(), 1.0), noisy, layout, report=report)
     assert report["kept"] > 0
+
+
+def test_members_in_one_basin_are_fused_however_alike_they_are(alike, make_merger, familiar):
+    layout, members = alike
+    generator = torch.Generator().manual_seed(0)
+    close = {
+        key: tensor[:, :1] + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for key, tensor in members.items()
+    }
+    merger, inputs = familiar(make_merger(), 1.0), torch.rand(FEW, 1, 8, 8)
+    assert same_voice(answers_of(close, layout, inputs)[0])
+    for merge in (
+        lambda report: fuse(merger, close, layout, report=report),
+        lambda report: fuse_beside(merger, close, layout, inputs, report=report),
+    ):
+        merge(report := {})
+        assert report.keys() == {"watched_on"}
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(0.44, True), (0.46, False)])
+@pytest.mark.parametrize("count", [2, 6])
+def test_how_near_members_are_by_hand(mlp_case, apart, expected, count):
+    """Weights are 1 + b and 1 - b, of spread b^2 / (1 + b^2), which unbiased is ``apart`` squared."""
+    layout, signs = mlp_case.layout, torch.tensor([1.0, -1.0]).repeat(count // 2)
+    by = apart * (1 - 1 / count) ** 0.5 / (1 - apart**2 * (1 - 1 / count)) ** 0.5
+    members = {
+        key: 1 + by * signs.reshape(1, -1, *[1] * (t.ndim - 2)) * torch.ones_like(t[:1, :1])
+        for key, t in mlp_case.members.items()
+    }
+    assert near(members, layout) == expected
 
 
 def test_members_that_know_other_classes_are_fused(digits_zoo, make_merger, familiar):
