@@ -374,7 +374,7 @@ def test_members_in_one_basin_are_fused_however_alike_they_are(alike, make_merge
 @pytest.mark.parametrize(("apart", "expected"), [(0.44, True), (0.46, False)])
 @pytest.mark.parametrize("count", [2, 6])
 def test_how_near_members_are_by_hand(mlp_case, apart, expected, count):
-    """Weights are 1 + b and 1 - b, of spread b^2 / (1 + b^2), which unbiased is ``apart`` squared."""
+    """Weights are 1 + b and 1 - b: the spread b^2 / (1 + b^2) is, unbiased, ``apart`` squared."""
     layout, signs = mlp_case.layout, torch.tensor([1.0, -1.0]).repeat(count // 2)
     by = apart * (1 - 1 / count) ** 0.5 / (1 - apart**2 * (1 - 1 / count)) ** 0.5
     members = {
