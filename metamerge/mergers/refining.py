@@ -31,10 +31,12 @@ KEPT = (
     "with the others is kept as it is. Pass a hundred inputs of their task or more (batches=) for "
     "it to learn what all of them say."
 )
-STARTED = (
+SAME_VOTES = (
     "the members cast the same votes on nearly all of the inputs: the one that agrees most with "
-    "the others is the start, and learns the soft vote of all on the inputs."
+    "the others "
 )
+LEARNS = SAME_VOTES + "is the start, and learns the soft vote of all on the inputs."
+COULD_LEARN = SAME_VOTES + "is kept as it is. With steps (refine=) it learns the soft vote of all."
 AGREED = 1e-6  # divergence below which there is nothing to refine
 
 
@@ -266,7 +268,8 @@ def _tell(
     if watched.kept is not None:
         order = member_order(members)[int(watched.families[0])]
         report["started_from" if learns else "kept"] = int(order[watched.kept])
-        report["note"] = STARTED if learns else KEPT
+        unlearned = KEPT if watched.voters is None else COULD_LEARN
+        report["note"] = LEARNS if learns else unlearned
 
 
 def _typical(grad: Tensor) -> Tensor:

@@ -305,6 +305,7 @@ def test_without_steps_the_member_that_was_to_learn_is_kept(alike, make_merger, 
             familiar(merger, 1.0), members, layout, inputs, steps=steps, report=report
         )
         assert "started_from" not in report
+        assert "With steps (refine=) it learns" in report["note"]
         for key, tensor in found.items():
             assert torch.equal(tensor[0], members[key][0, report["kept"]])
 
