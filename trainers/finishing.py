@@ -184,7 +184,9 @@ def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
 def settle(
     merger: Merger, refined: Mapping[tuple[int, int], Tensor], groups: Sequence[Families]
 ) -> tuple[tuple[int, int], dict[str, list[Gate]]]:
-    """Set how a merger refines, and run its gates; mixtures that break one are not chosen.
+    """Set how a merger refines, and run its gates; what breaks one is not chosen.
+
+    Mixtures go first, then refining altogether.
 
     Args:
         merger: The merger; its configuration is changed.
@@ -194,7 +196,7 @@ def settle(
     Returns:
         Steps and inputs that mixtures fill up to, and the gates of every group.
     """
-    for steps, fill in dict.fromkeys((chosen(refined), _fewest(refined, 0))):
+    for steps, fill in dict.fromkeys((chosen(refined), _fewest(refined, 0), (0, 0))):
         merger.config = replace(merger.config, refine=steps, mixtures=fill)
         gates = {group.name: gates_of(merger, group) for group in groups}
         if all(gate.passed for own in gates.values() for gate in own):

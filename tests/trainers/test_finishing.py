@@ -45,11 +45,18 @@ def test_one_family_alone_is_no_reason_for_mixtures():
 
 
 @pytest.mark.parametrize(
-    ("harmful", "expected"), [((), (200, FILL)), ((FILL,), (100, 0)), ((0, FILL), (100, 0))]
+    ("harmful", "expected"),
+    [
+        ((), (200, FILL)),
+        (((200, FILL),), (100, 0)),
+        (((100, 0), (200, FILL)), (0, 0)),
+        (((0, 0), (100, 0), (200, FILL)), (0, 0)),
+    ],
 )
-def test_mixtures_that_break_a_gate_are_not_chosen(monkeypatch, harmful, expected):
+def test_refining_that_breaks_a_gate_is_not_chosen(monkeypatch, harmful, expected):
     def gates_of(merger, group):
-        return [Gate("poisoned_member", 0.03 if merger.config.mixtures in harmful else 0.01, 0.02)]
+        way = (merger.config.refine, merger.config.mixtures)
+        return [Gate("poisoned_member", 0.03 if way in harmful else 0.01, 0.02)]
 
     monkeypatch.setattr(finishing, "gates_of", gates_of)
     best = {(100, 0): 0.9, (200, FILL): 0.95}
@@ -57,7 +64,7 @@ def test_mixtures_that_break_a_gate_are_not_chosen(monkeypatch, harmful, expecte
     merger = SimpleNamespace(config=GNNConfig())
     found, gates = settle(merger, refined, [SimpleNamespace(name="k3")])
     assert found == (merger.config.refine, merger.config.mixtures) == expected
-    assert gates["k3"][0].passed == (expected[1] not in harmful)
+    assert gates["k3"][0].passed == (expected not in harmful)
 
 
 # ---------------------------------------------------------------------------- familiar probes

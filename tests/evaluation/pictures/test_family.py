@@ -92,12 +92,18 @@ def test_shares_of_members_sum_to_1(bench, trained_merger):
 
 
 def test_a_member_that_is_kept_has_all_shares(bench, trained_merger):
-    """Of members that are one, sure of what it says, with other noise on each."""
+    """Of members that are one, sure of what it says, with other noise and units of other sizes."""
     members, last = {}, list(bench.families)[-2:]
+    generator = torch.Generator().manual_seed(0)
     for key, tensor in bench.families.items():
         one = tensor[:1, :1] * (20 if key in last else 1)
-        noise = torch.randn(1, 4, *tensor.shape[2:], generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(1, 4, *tensor.shape[2:], generator=generator)
         members[key] = one + 0.05 * one.std() * noise
+    size = torch.randn(1, 4, 32, generator=generator).exp()  # which the next layer takes back
+    first, bias, second, _ = members
+    members[first] = members[first] * size[..., None]
+    members[bias] = members[bias] * size
+    members[second] = members[second] / size[..., None, :]
     merger, report = deepcopy(trained_merger), {}
     merger.config = replace(merger.config, familiar=1.0)
     alike = Bench(replace(bench.judged, families=members), 0)
