@@ -76,7 +76,7 @@ def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[
     for family in odd.nonzero():
         own = {key: tensor[family.to(tensor.device)] for key, tensor in members.items()}
         made = invert(own, layout, probes, grid)
-        kept = None if near(own, layout) else typical(answers_of(own, layout, made)[0])
+        kept, _ = spared(own, layout, made, given=False)
         found.append(Watched(family, torch.cat([probes, made]), words, kept))
     return found
 
@@ -106,10 +106,8 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
     if probes is None or strange(merger, members, layout, probes.detach()).any():
         linear = all(layer.linear for layer in layout.layers)
         if len(inputs) >= (FEW if linear else FEW_MAPS):
-            alike = None
-            if not near(members, layout):
-                alike = same_voice(answers_of(members, layout, inputs)[0])
-            return Watched(one, inputs, told, *(alike or (None, None)), given=True)
+            kept, voters = spared(members, layout, inputs, given=True)
+            return Watched(one, inputs, told, kept, voters, given=True)
         (watched,) = watched_inputs(merger, members, layout)
         both = torch.cat([inputs, watched.inputs.to(inputs)])
         return watched._replace(inputs=both, told=f"{told}, {watched.told}")
@@ -161,47 +159,54 @@ def told_apart(answers: Tensor) -> Tensor:
     return _entropy(votes) - _entropy(likely).mean((1, 2))
 
 
-def typical(answers: Tensor) -> int | None:
-    """The member that speaks for all, where members are alike.
+def spared(
+    members: Weights, layout: Layout, inputs: Tensor, *, given: bool
+) -> tuple[int | None, Tensor | None]:
+    """The member that is not to be fused with the others, since they are alike and far apart.
 
     Args:
-        answers: Members' logits on inputs that were made from them, ``[m, b, c]``.
+        members: Aligned members of one family, ``[1, m, ...]``.
+        layout: Their architecture.
+        inputs: Inputs, ``[b, ...]``.
+        given: Whether these are inputs of the members' task, or made from the members.
 
     Returns:
-        Number of the member that agrees most with the others, if half of those that have anything
-        in common agree on at least ``ALIKE``; None otherwise, and where there are no classes.
+        What ``spokesman`` says; no one where the members that it lists lie in one basin.
     """
-    if not is_choice(answers):
-        return None
-    likely = answers.float().softmax(-1)
-    sound = in_agreement(likely)
-    found = agreement(likely[sound])
-    return int(sound[found.argmax()]) if found.median() >= ALIKE else None
+    number, sound = spokesman(answers_of(members, layout, inputs)[0], given=given)
+    if number is None or near({key: t[:, sound] for key, t in members.items()}, layout):
+        return None, None
+    return number, sound
 
 
-def same_voice(answers: Tensor) -> tuple[int, Tensor] | None:
-    """The member that speaks for all, where members cast the same votes on inputs of their task.
+def spokesman(answers: Tensor, *, given: bool) -> tuple[int | None, Tensor | None]:
+    """The member that speaks for all, where members are alike.
 
-    Probabilities do not tell this, since members are in doubt about inputs of their task alike.
+    On inputs that are made from members, probabilities tell who is alike, since nearly all votes
+    are the same. On inputs of their task votes tell it, since members are in doubt about the same.
 
     Args:
-        answers: Members' logits on inputs that were given, ``[m, b, c]``.
+        answers: Members' logits, ``[m, b, c]``.
+        given: Whether they are on inputs of the members' task, or on ones that were made from them.
 
     Returns:
         Number of the member that agrees most with the others, and numbers of all that have anything
-        in common, if half of these vote as the others on a share of the inputs that is above
-        ``SAME`` by its standard error; None otherwise, and where there are no classes.
+        in common, ``[n]``, if half of these agree enough: by ``ALIKE`` on made inputs, on given
+        ones if their votes are those of the others on a share of the inputs that is above ``SAME``
+        by its standard error. Otherwise, and where there are no classes, no one.
     """
     if not is_choice(answers):
-        return None
+        return None, None
     likely = answers.float().softmax(-1)
     sound = in_agreement(likely)
-    votes = F.one_hot(likely[sound].argmax(-1), likely.shape[-1]).float()
-    share = agreement(votes).median()
-    error = (share * (1 - share) / answers.shape[1]) ** 0.5
-    if share - error < SAME:
-        return None
-    return int(sound[agreement(likely[sound]).argmax()]), sound
+    found = agreement(likely[sound])
+    if given:
+        votes = F.one_hot(likely[sound].argmax(-1), likely.shape[-1]).float()
+        share = agreement(votes).median()
+        enough = share - (share * (1 - share) / answers.shape[1]) ** 0.5 >= SAME
+    else:
+        enough = found.median() >= ALIKE
+    return (int(sound[found.argmax()]), sound) if enough else (None, None)
 
 
 def near(members: Weights, layout: Layout) -> bool:

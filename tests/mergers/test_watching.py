@@ -16,10 +16,10 @@ from metamerge.mergers.watching import (
     FEW,
     FEW_MAPS,
     near,
-    same_voice,
+    spared,
+    spokesman,
     strange,
     told_apart,
-    typical,
     watched_beside,
     watched_inputs,
 )
@@ -218,11 +218,15 @@ def test_the_member_that_agrees_most_by_hand():
     """Of four members, on two inputs: two agree fully, one is in doubt, one is their contrary."""
     sure = 50 * torch.eye(3)[[0, 1]]
     doubt, contrary = sure / 50 * 1.9, 50 * torch.eye(3)[[2, 2]]  # softmax: 0.77, 0.12, 0.12
-    assert typical(torch.stack([doubt, sure, sure])) == 1  # (1 + 0.77) / 2 each, and 0.77
-    assert typical(torch.stack([doubt, doubt, sure])) is None  # 0.69, 0.69 and 0.77
-    assert typical(torch.stack([contrary, doubt, sure, sure])) == 2  # who contradicts has no say
-    assert typical(torch.stack([contrary, sure])) is None
-    assert typical(torch.stack([sure[..., :1], sure[..., :1]])) is None  # no classes
+
+    def asked(*members):
+        return spokesman(torch.stack(members), given=False)[0]
+
+    assert asked(doubt, sure, sure) == 1  # (1 + 0.77) / 2 each, and 0.77
+    assert asked(doubt, doubt, sure) is None  # 0.69, 0.69 and 0.77
+    assert asked(contrary, doubt, sure, sure) == 2  # who contradicts has no say
+    assert asked(contrary, sure) is None
+    assert asked(sure[..., :1], sure[..., :1]) is None  # no classes
 
 
 def test_of_members_that_are_alike_one_is_kept_to_the_bit(alike, make_merger, familiar):
@@ -252,14 +256,14 @@ def test_the_member_whose_votes_are_those_of_all_by_hand():
         ((odd, other, same, same), 2, [1, 2, 3]),  # who contradicts has no say
         ((same, same), 0, [0, 1]),
     ):
-        found = same_voice(torch.stack(members))
+        found = spokesman(torch.stack(members), given=True)
         assert (found[0], found[1].tolist()) == (kept, voters)
     for members in (
         (other, same, third),  # 0.7, 0.8, 0.7
         (odd, same),
         (same[..., :1], same[..., :1]),  # no classes
     ):
-        assert same_voice(torch.stack(members)) is None
+        assert spokesman(torch.stack(members), given=True) == (None, None)
 
 
 def test_few_inputs_have_to_show_more_agreement():
@@ -267,8 +271,8 @@ def test_few_inputs_have_to_show_more_agreement():
     other = same.clone()
     other[::4] = same[::4].flip(-1)  # shares 0.75, 0.875, 0.875
     answers = torch.stack([other, same, same])
-    assert same_voice(answers)[0] == 1  # 0.875 - 0.01
-    assert same_voice(answers[:, :100]) is None  # 0.875 - 0.03
+    assert spokesman(answers, given=True)[0] == 1  # 0.875 - 0.01
+    assert spokesman(answers[:, :100], given=True)[0] is None  # 0.875 - 0.03
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 9, 9)])
@@ -280,7 +284,7 @@ def test_one_of_members_that_cast_the_same_votes_learns_their_soft_vote(
     merger = familiar(make_merger(shapes=(shape,), refine=3), 1.0)
     report, inputs = {}, torch.rand(FEW, 1, 8, 8)
     ordered, perm = in_canonical_order(members, layout)
-    number = same_voice(answers_of(ordered, layout, inputs)[0])[0]
+    number, _ = spokesman(answers_of(ordered, layout, inputs)[0], given=True)
     start = {key: tensor[:, number] for key, tensor in ordered.items()}
     expected = layout.spec.unpermute(
         refine(start, ordered, layout, inputs, None, steps=LONGER * 3), perm
@@ -363,13 +367,27 @@ def test_members_in_one_basin_are_fused_however_alike_they_are(alike, make_merge
         for key, tensor in members.items()
     }
     merger, inputs = familiar(make_merger(), 1.0), torch.rand(FEW, 1, 8, 8)
-    assert same_voice(answers_of(close, layout, inputs)[0])
+    assert spokesman(answers_of(close, layout, inputs)[0], given=True)[0] is not None
     for merge in (
         lambda report: fuse(merger, close, layout, report=report),
         lambda report: fuse_beside(merger, close, layout, inputs, report=report),
     ):
         merge(report := {})
         assert report.keys() == {"watched_on"}
+
+
+def test_noise_does_not_put_members_of_one_basin_far_apart(alike):
+    layout, members = alike
+    close = {key: tensor[:, :1].expand_as(tensor) for key, tensor in members.items()}
+    generator, noisy = torch.Generator().manual_seed(0), {}
+    for key, tensor in close.items():
+        noise = tensor.std() * torch.randn(1, 1, *tensor.shape[2:], generator=generator)
+        noisy[key] = torch.cat([noise, tensor], 1)
+    inputs = torch.rand(FEW, 1, 8, 8, generator=generator)
+    _, sound = spokesman(answers_of(noisy, layout, inputs)[0], given=True)
+    assert sound.tolist() == [1, 2, 3, 4, 5]
+    assert not near(noisy, layout)
+    assert spared(noisy, layout, inputs, given=True) == (None, None)
 
 
 @pytest.mark.parametrize(("apart", "expected"), [(0.44, True), (0.46, False)])
