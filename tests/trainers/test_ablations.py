@@ -17,7 +17,14 @@ from trainers.ablations.cases import CASES, WHOLE, Case, hold
 from trainers.ablations.judging import USES, judge, unaligned
 from trainers.ablations.running import AblationOptions, ablate
 from trainers.ablations.settings import SETTINGS, Setting
-from trainers.ablations.table import beyond_chance, differences, interval, markdown
+from trainers.ablations.table import (
+    COLUMNS,
+    ablations_figure,
+    beyond_chance,
+    differences,
+    interval,
+    markdown,
+)
 from trainers.merger import MergerOptions
 from zoo.build import ZooOptions
 
@@ -191,6 +198,23 @@ def test_a_table_is_made_and_what_is_finished_is_not_made_again(small, tmp_path,
     assert "small digits; 4 validation and 3 test families, seeds: 2:" in told
     assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
     assert not list((tmp_path / "out" / "training").iterdir())
+
+
+def test_marks_of_several_settings_stand_side_by_side():
+    entries = [
+        {
+            **{"setting": name, "case": case, "part": part, "use": use, "accuracy": 0.9},
+            **{"difference": 0.01, "half_width": 0.002, "agree": True, "seeds": 3, "families": 8},
+        }
+        for name in SETTINGS
+        for case in (["", "whole merger"], ["gain", "none"], ["refit", "none"])
+        for part, use in COLUMNS.values()
+    ]
+    (axes,) = ablations_figure(entries).axes
+    heights = [bars.lines[0].get_ydata() for bars in axes.containers]
+    assert len(heights) == len(SETTINGS) == 3
+    assert [sum(own) / 3 for own in zip(*heights, strict=True)] == pytest.approx([0, 1])
+    assert all(len({round(h, 3) for h in own}) == 3 for own in zip(*heights, strict=True))
 
 
 def test_unaligned_families_are_those_of_the_zoo(small):

@@ -1,4 +1,4 @@
-"""The two settings that ablations are measured in."""
+"""The settings that ablations are measured in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,5 +45,25 @@ SETTINGS = {
             train_families=96,
         ),
         {**_SHORT, "prior": 7, "families": 6, "images": 256, "steps": 90, "eval_every": 45},
+    ),
+    "fashion-skewed-cnn": Setting(
+        "Fashion-MNIST, CNN 8-16, Dirichlet 0.3, 1,500 images per segment, class names permuted "
+        "per family, K=4",
+        ZooOptions(
+            task="fashion-mnist",
+            objective=6666,
+            relabel=True,
+            architecture="convnet",
+            widths=(8, 16),
+            members=(4,),
+            alpha=(0.3,),
+            segment_size=1500,
+            epochs=(10.0,),
+            lr=(3e-3,),
+            train_families=32,
+            validation_families=16,
+            test_families=16,
+        ),
+        {**_SHORT, "families": 4, "images": 192, "steps": 90, "eval_every": 45},
     ),
 }

@@ -226,11 +226,12 @@ def ablations_figure(entries: Sequence[Row]) -> Figure:
     cases = [c for c in ([c.part, c.name] for c in CASES) if any(g[1] == c for g in grouped)]
     figure = new_figure(8, 0.27 * len(cases) + 1.7)
     axes = figure.subplots()
-    for place, setting in enumerate(dict.fromkeys(one[0] for one in grouped)):
+    settings = list(dict.fromkeys(one[0] for one in grouped))
+    for place, setting in enumerate(settings):
         own = [(case, by[COLUMNS["test"]]) for name, case, by in grouped if name == setting]
         axes.errorbar(
             [100 * entry["difference"] for _, entry in own],
-            [cases.index(case) + 0.3 * (place - 0.5) for case, _ in own],
+            [cases.index(case) + 0.25 * (place - (len(settings) - 1) / 2) for case, _ in own],
             xerr=[100 * entry["half_width"] for _, entry in own],
             fmt=MARKERS[place],
             markersize=4,
