@@ -215,10 +215,7 @@ SKEWED_MERGER = Training(
 )
 MLP_MERGER = Training(
     (FASHION_MLP,),
-    {
-        **{**SMOOTH, "probes": 1024, "families": 8, "steps": 150, "images": 256, "noise": 0.0},
-        "imitate": 0.5,  # members are alike, and what they say is as good as classes
-    },
+    {**SMOOTH, "probes": 1024, "families": 8, "steps": 150, "images": 256, "noise": 0.0},
 )
 CNN_MERGER = {
     "target": 1.0,
@@ -293,7 +290,7 @@ MERGERS = (
         name="fashion-cnn",
         target="weights only: above the best member (84.2); 500 unlabelled: within 1 point of the "
         "ensemble (85.7)",
-        mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 100, "imitate": 0.5}),),
+        mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 100}),),
         compare={"full": False, "adapt": False},  # on a CPU these take too long
         goals=(
             Goal("best member", members=8, over_data="labelled"),

@@ -69,7 +69,6 @@ class MergerOptions:
     gate: bool = True  # competence gate: which member knows which class
     labels: bool = True  # whether the objective knows classes; if not, it imitates the soft vote
     consensus: float = 1.0  # weight of the loss of what the gate makes of the members' answers
-    imitate: float = 0.0  # share of that consensus in what fused networks are taught of images
     reference: str = "ensemble"  # the threshold is relative to: ensemble, best_member or absolute
     margin: float = 0.0  # accuracy above the reference (or the absolute threshold itself)
     headroom: float = 0.05  # accuracy beyond its threshold at which a family has faded half
@@ -111,7 +110,7 @@ class MergerOptions:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if self.prior and self.prior % 2 == 0:
             raise ConfigError(f"prior: expected 0 or an odd number, got {self.prior}.")
-        for name in ("imitate", "drop", "garbage", "calibrated", "average"):
+        for name in ("drop", "garbage", "calibrated", "average"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}.")
         for name in ("eval_every", "save_every"):
@@ -226,7 +225,7 @@ def fit(
     if start:
         console.print(f"[bold]merger[/] resumed at step {start} of {options.steps}")
     merger, averaged = merger.to(accelerator.device), averaged.to(accelerator.device)
-    model = Step(merger, objective, options.consensus, options.imitate, options.precision)
+    model = Step(merger, objective, options.consensus, options.precision)
     model, optimizer = accelerator.prepare(model, optimizer)
     clock = time.perf_counter() - best.seconds
     tracking = track(

@@ -67,9 +67,7 @@ class ThresholdObjective:
         }[self.reference]
         return (base + self.margin).clamp(max=1.0)
 
-    def loss(
-        self, logits: Tensor, targets: Tensor, thresholds: Tensor, wanted: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, logits: Tensor, targets: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Weighed cross entropy of fused networks.
 
         Args:
@@ -77,20 +75,18 @@ class ThresholdObjective:
             targets: Classes ``[b]``, or ``[f, b]`` where families know them by numbers of their
                 own; or, without labels, probabilities ``[f, b, c]`` that are to be imitated, such
                 as those of the members' soft vote.
-            thresholds: Accuracy that each family has to reach, ``[f]``.
-            wanted: Classes that accuracy counts, ``[b]`` or ``[f, b]``; by default the targets, or
-                the likeliest classes where these are probabilities.
+            thresholds: Accuracy that each family has to reach, or agreement with the likeliest
+                class where probabilities are imitated, ``[f]``.
 
         Returns:
             The loss, and the accuracy of each family on this batch, ``[f]``.
         """
         if targets.is_floating_point():
             losses = -(targets * logits.log_softmax(-1)).sum(-1).mean(1)
-            named = targets.argmax(-1)
+            wanted = targets.argmax(-1)
         else:
-            named = targets.expand(len(logits), -1)
-            losses = F.cross_entropy(logits.movedim(-1, 1), named, reduction="none").mean(1)
-        wanted = named if wanted is None else wanted
+            wanted = targets.expand(len(logits), -1)
+            losses = F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none").mean(1)
         accuracy = (logits.argmax(-1) == wanted).float().mean(1)
         reach = (thresholds + self.headroom).clamp(max=1.0)
         weight = ((reach - accuracy) / self.softness).sigmoid().detach()
