@@ -25,7 +25,7 @@ BATCH = 64  # inputs per step
 TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
-LONGER = 4  # times as many steps on inputs that stand alone
+ALONE = 400  # steps, at least, on given inputs without any probes beside them
 KEPT = (
     "the members agree on nearly all inputs that were made from them: the one that agrees most "
     "with the others is kept as it is. Pass a hundred inputs of their task or more (batches=) for "
@@ -102,8 +102,8 @@ def fuse_beside(
         members: Aligned members of one family, ``[1, m, ...]``.
         layout: Their architecture.
         inputs: Inputs of their task, ``[b, ...]``.
-        steps: Steps of refining; None for as many as proved best when the merger was trained, and
-            ``LONGER`` times as many on inputs that stand alone since probes are strange.
+        steps: Steps of refining; None for as many as proved best when the merger was trained, but
+            at least ``ALONE`` on inputs that stand alone.
         report: Takes what members were ``watched_on``, and the number of the one that was ``kept``
             as it is or ``started_from``, if any.
 
@@ -136,8 +136,8 @@ def fuse_on(
         members: Their aligned members in canonical order, ``[f, m, ...]``.
         layout: Their architecture.
         watched: What they are watched on, and which member is to be kept or to learn from others.
-        steps: Steps of refining; None for as many as proved best when the merger was trained,
-            ``LONGER`` times as many on given inputs, and none where a member is to be kept.
+        steps: Steps of refining; None for as many as proved best when the merger was trained, at
+            least ``ALONE`` on inputs that stand alone, and none where a member is to be kept.
 
     Returns:
         Weights ``[f, ...]``, with units in the order of the members.
@@ -257,7 +257,8 @@ def _enough(merger: nn.Module, watched: Watched) -> int:
     """Steps of refining: none for a member that is kept, and more on inputs that stand alone."""
     if watched.kept is not None and watched.voters is None:
         return 0
-    return merger.config.refine * (LONGER if watched.given else 1)
+    # Probes have learned to be fitted at once, inputs have not.
+    return max(merger.config.refine, ALONE) if watched.given else merger.config.refine
 
 
 def _tell(

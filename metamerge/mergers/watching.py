@@ -38,7 +38,7 @@ class Watched(NamedTuple):
         told: What these are, in words.
         kept: Number of the member to be kept as it is, or to start from; None to fuse all.
         voters: Numbers of the members whose soft vote it is to learn, ``[n]``; None for no one's.
-        given: Whether inputs are given, and stand alone since the merger's probes are strange.
+        given: Whether inputs are given, and stand alone: they are many, or probes are strange.
     """
 
     families: Tensor
@@ -116,7 +116,7 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
     if not merger.config.inputs:
         return Watched(one, probes, f"{own}; beside these, inputs did harm in training")
     if len(inputs) >= ENOUGH:
-        return Watched(one, inputs, told)
+        return Watched(one, inputs, told, given=True)
     return Watched(one, torch.cat([inputs, probes.to(inputs)]), f"{told} and {own}")
 
 

@@ -11,7 +11,7 @@ from metamerge.mergers import fuse, fuse_beside, refine
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.inversion import invert
 from metamerge.mergers.ordering import in_canonical_order, member_order
-from metamerge.mergers.refining import LONGER
+from metamerge.mergers.refining import ALONE
 from metamerge.mergers.watching import (
     FEW,
     FEW_MAPS,
@@ -187,6 +187,22 @@ def test_inputs_that_are_worth_less_than_the_probes_are_left_out(mlp_case, make_
         assert (watched.told, watched.given) == (told, False)
 
 
+@pytest.mark.parametrize("refine_by", [0, ALONE + 1])
+def test_many_inputs_take_the_place_of_probes_and_at_least_so_many_steps(
+    mlp_case, make_merger, only, refine_by
+):
+    merger, members = make_merger(refine=refine_by), only(mlp_case.members, 0)
+    inputs = torch.rand(1000, 1, 8, 8)
+    watched = watched_beside(merger, members, mlp_case.layout, inputs)
+    assert (watched.told, watched.given, watched.kept) == ("1000 inputs", True, None)
+    found = fuse_beside(merger, members, mlp_case.layout, inputs)
+    steps = max(ALONE, refine_by)
+    expected = fuse(merger, members, mlp_case.layout, inputs, steps=steps)
+    fewer = fuse(merger, members, mlp_case.layout, inputs, steps=steps - 1)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert not all(torch.equal(found[key], tensor) for key, tensor in fewer.items())
+
+
 @pytest.mark.parametrize("useful", [True, False])
 @pytest.mark.parametrize("count", [FEW, 1000])
 def test_inputs_stand_alone_where_probes_are_strange(
@@ -287,7 +303,7 @@ def test_one_of_members_that_cast_the_same_votes_learns_their_soft_vote(
     number, _ = spokesman(answers_of(ordered, layout, inputs)[0], given=True)
     start = {key: tensor[:, number] for key, tensor in ordered.items()}
     expected = layout.spec.unpermute(
-        refine(start, ordered, layout, inputs, None, steps=LONGER * 3), perm
+        refine(start, ordered, layout, inputs, None, steps=ALONE), perm
     )
     found = fuse_beside(merger, members, layout, inputs, report=report)
     assert report["started_from"] == member_order(members)[0, number]
@@ -303,15 +319,12 @@ def test_one_of_members_that_cast_the_same_votes_learns_their_soft_vote(
 def test_without_steps_the_member_that_was_to_learn_is_kept(alike, make_merger, familiar):
     layout, members = alike
     inputs = torch.rand(FEW, 1, 8, 8)
-    for merger, steps in ((make_merger(refine=3), 0), (make_merger(), None)):
-        report = {}
-        found = fuse_beside(
-            familiar(merger, 1.0), members, layout, inputs, steps=steps, report=report
-        )
-        assert "started_from" not in report
-        assert "With steps (refine=) it learns" in report["note"]
-        for key, tensor in found.items():
-            assert torch.equal(tensor[0], members[key][0, report["kept"]])
+    merger, report = familiar(make_merger(refine=3), 1.0), {}
+    found = fuse_beside(merger, members, layout, inputs, steps=0, report=report)
+    assert "started_from" not in report
+    assert "With steps (refine=) it learns" in report["note"]
+    for key, tensor in found.items():
+        assert torch.equal(tensor[0], members[key][0, report["kept"]])
 
 
 def test_noise_has_no_vote_among_members_that_cast_the_same_ones(alike, make_merger, familiar):
