@@ -379,7 +379,8 @@ def test_members_in_one_basin_are_fused_however_alike_they_are(alike, make_merge
         key: tensor[:, :1] + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=generator)
         for key, tensor in members.items()
     }
-    merger, inputs = familiar(make_merger(), 1.0), torch.rand(FEW, 1, 8, 8)
+    merger = familiar(make_merger(), 1.0)
+    inputs = torch.rand(1000, 1, 8, 8, generator=generator)
     assert spokesman(answers_of(close, layout, inputs)[0], given=True)[0] is not None
     for merge in (
         lambda report: fuse(merger, close, layout, report=report),

@@ -4,6 +4,7 @@ from torch import nn
 
 from metamerge.errors import ConfigError
 from metamerge.mergers import GNNConfig, GNNMerger, adapt, fuse
+from metamerge.mergers.refining import ALONE
 from metamerge.methods import average, gnn
 from metamerge.weights import stack
 
@@ -69,7 +70,7 @@ def test_steps_of_refining_can_be_asked_for(mlp_layout, mlp_members):
 
 def test_many_inputs_take_the_place_of_the_probes(mlp_layout, mlp_members):
     merger, inputs = make_merger(0.1), torch.randn(1000, 5)
-    expected = fuse(merger, family(mlp_members), mlp_layout, inputs)
+    expected = fuse(merger, family(mlp_members), mlp_layout, inputs, steps=ALONE)
     for batches in (inputs, inputs.split(300)):
         report = {}
         fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=batches, report=report)
@@ -92,7 +93,7 @@ def test_few_inputs_stand_alone_and_count_for_more_where_probes_are_strange(
     mlp_layout, mlp_members
 ):
     merger, inputs, report = make_merger(0.1, refine=2, familiar=1.0), torch.randn(200, 5), {}
-    expected = fuse(merger, family(mlp_members), mlp_layout, inputs, steps=8)
+    expected = fuse(merger, family(mlp_members), mlp_layout, inputs, steps=ALONE)
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
     assert_equal(fused, first_of(expected, mlp_members), 0)
     assert report == {"watched_on": "200 inputs"}
@@ -122,7 +123,7 @@ def test_who_is_watched_on_strange_probes_is_told_so(mlp_layout, mlp_members):
 
 def test_few_inputs_of_a_shape_without_probes_stand_alone(mlp_layout, mlp_members):
     merger, inputs, report = make_merger(0.1, shape=(7,)), torch.randn(200, 5), {}
-    expected = fuse(merger, family(mlp_members), mlp_layout, inputs)
+    expected = fuse(merger, family(mlp_members), mlp_layout, inputs, steps=ALONE)
     fused = gnn(mlp_members, layout=mlp_layout, merger=merger, batches=inputs, report=report)
     assert_equal(fused, first_of(expected, mlp_members), 0)
     assert report == {"watched_on": "200 inputs"}
