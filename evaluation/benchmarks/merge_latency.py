@@ -30,18 +30,7 @@ from zoo.options import parse
 from zoo.recipe import options_from
 from zoo.variants import Variants
 
-STEPS = (
-    25,
-    50,
-    100,
-    200,
-    400,
-    800,
-    1600,
-    3200,
-    6400,
-    12_800,
-)  # of distillation, one after the other
+STEPS = tuple(25 * 2**i for i in range(10))  # of distillation, 25 to 12,800, one after the other
 RATES = (1e-3, 3e-3)
 BATCH = 256
 

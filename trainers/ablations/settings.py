@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.suites import FASHION, SKEWED
 from zoo.recipe import ZooOptions
 
 
@@ -32,34 +33,18 @@ SETTINGS = {
     "fashion-skewed": Setting(
         "Fashion-MNIST, MLP 784-64-10, Dirichlet 0.3, 1,500 images per segment, class names "
         "permuted per family, K=4",
-        ZooOptions(
-            task="fashion-mnist",
-            objective=6666,
-            relabel=True,
-            widths=(64,),
-            members=(4,),
-            alpha=(0.3,),
-            segment_size=1500,
-            epochs=(10.0,),
-            lr=(3e-3,),
-            train_families=96,
-        ),
+        ZooOptions(**FASHION, **SKEWED, widths=(64,), members=(4,), train_families=96),
         {**_SHORT, "prior": 7, "families": 6, "images": 256, "steps": 90, "eval_every": 45},
     ),
     "fashion-skewed-cnn": Setting(
         "Fashion-MNIST, CNN 8-16, Dirichlet 0.3, 1,500 images per segment, class names permuted "
         "per family, K=4",
         ZooOptions(
-            task="fashion-mnist",
-            objective=6666,
-            relabel=True,
+            **FASHION,
+            **SKEWED,
             architecture="convnet",
             widths=(8, 16),
             members=(4,),
-            alpha=(0.3,),
-            segment_size=1500,
-            epochs=(10.0,),
-            lr=(3e-3,),
             train_families=32,
             validation_families=16,
             test_families=16,
