@@ -26,7 +26,7 @@ from metamerge.mergers.refining import descend
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 from zoo.build import build
-from zoo.options import parse
+from zoo.options import command
 from zoo.recipe import options_from
 from zoo.variants import Variants
 
@@ -63,9 +63,8 @@ def distil(
     return descend(start, layout, loss, steps=steps, lr=lr)
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.merge_latency``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.merge_latency")
+def measure(options: BenchmarkOptions) -> None:
+    """Time both on families of every size, and print the ratio as JSON."""
     console, merger = Console(), load_merger(options.merger)
     zoo = build(options_from(read_card(options.merger)["zoos"][0]["options"]))
     split, layout = common_task(zoo), zoo.layout
@@ -128,6 +127,12 @@ def main() -> None:
             }
         )
     )
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.merge_latency``."""
+    prog = "python -m evaluation.benchmarks.merge_latency"
+    command(BenchmarkOptions, measure, prog=prog)
 
 
 if __name__ == "__main__":
