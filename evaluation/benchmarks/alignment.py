@@ -39,7 +39,7 @@ from metamerge.registry import list_alignments
 from metamerge.structure import Layout, discover_program, run
 from metamerge.weights import Weights, stack, unstack
 from zoo import architectures
-from zoo.options import parse
+from zoo.options import command
 from zoo.tasks import Task, load_task
 from zoo.training import init_networks, train_networks
 
@@ -84,9 +84,12 @@ QUICK = (
 WIDTHS, NUMBERS, CURVE_WIDTH = (64, 128, 256, 512), (2, 4, 8, 16), 256
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.alignment``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.alignment")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 130)
     task = load_task(options.task)
@@ -271,6 +274,11 @@ def _curve_table(title: str, rows: list[dict[str, Any]]) -> Table:
         cells = [own_rows[name] for name in names]
         table.add_row(case, *(f"{c['seconds']:.4f}" if "seconds" in c else c["why"] for c in cells))
     return table
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.alignment``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.alignment")
 
 
 if __name__ == "__main__":

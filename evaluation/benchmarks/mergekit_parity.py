@@ -28,7 +28,7 @@ from metamerge.declaration import bind
 from metamerge.registry import get_method
 from metamerge.weights import Weights, unstack
 from zoo import architectures
-from zoo.options import parse
+from zoo.options import command
 from zoo.tasks import load_task
 from zoo.training import init_networks, train_networks
 
@@ -291,9 +291,15 @@ def theirs(
         return found, json.loads((folder / "seconds.json").read_text())
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.mergekit_parity``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.mergekit_parity")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+
+    Raises:
+        SystemExit: If a case is not as stated.
+    """
     python = find_python(options.python, options.cache)
     families = {**random_families(torch.Generator().manual_seed(0)), **trained_families()}
     listed = [*equal_cases("random"), *equal_cases("trained"), *different_cases()]
@@ -324,6 +330,11 @@ def main() -> None:
     print(json.dumps({**line, "against": against, "details": details}))
     if wrong:
         raise SystemExit(1)
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.mergekit_parity``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.mergekit_parity")
 
 
 if __name__ == "__main__":

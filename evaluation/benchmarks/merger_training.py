@@ -28,7 +28,7 @@ from metamerge.structure import Layout, discover_program, run
 from metamerge.weights import Weights
 from zoo import architectures
 from zoo.memory import keep_freed_memory
-from zoo.options import parse
+from zoo.options import command
 from zoo.training import init_networks
 
 SHAPE, CLASSES = (1, 28, 28), 10
@@ -62,9 +62,12 @@ class Step(nn.Module):
         return sum(F.cross_entropy(x.movedim(-1, 1), targets) for x in (logits, said))
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.merger_training``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.merger_training")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     curves, console = {}, Console()
     for processes in options.processes if device == "cpu" else (1,):
@@ -172,6 +175,11 @@ def settle(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     distributed.barrier()
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.merger_training``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.merger_training")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ from evaluation.side_by_side import fastest
 from metamerge.structure import Layout, discover_program
 from metamerge.weights import Weights
 from zoo import architectures
-from zoo.memory import keep_freed_memory
-from zoo.options import parse
+from zoo.options import command
 from zoo.parts import split_task
 from zoo.tasks import load_task
 from zoo.training import init_networks, predict
@@ -197,10 +196,15 @@ def made(networks: int) -> tuple[Layout, Weights]:
     return layout, init_networks(network, range(networks))
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.metrics``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.metrics")
-    keep_freed_memory()  # as in every command
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+
+    Raises:
+        SystemExit: If both sides differ.
+    """
     console, members = Console(), 4
     images = split_task(load_task("digits")).images("test")
     layout, networks = made(max(options.networks, *options.counts))
@@ -254,6 +258,11 @@ def main() -> None:
             }
         )
     )
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.metrics``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.metrics")
 
 
 if __name__ == "__main__":

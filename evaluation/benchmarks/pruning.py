@@ -18,7 +18,7 @@ from metamerge.ensembles import Mutant, fused, magnitude, pruned
 from metamerge.structure import Layout, discover_program, run
 from metamerge.weights import stack, unstack
 from zoo import architectures
-from zoo.options import parse
+from zoo.options import command
 from zoo.training import init_networks, train_networks
 
 
@@ -42,9 +42,12 @@ class Times(NamedTuple):
     parameters: int
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.pruning``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.pruning")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     console, shape = Console(), (1, 28, 28)
 
     def network() -> torch.nn.Module:
@@ -118,6 +121,11 @@ def _timed(network: Mutant, inputs: torch.Tensor, repeats: int) -> Times:
     parameters = sum(t.numel() for t in network.weights.values() if t.is_floating_point())
     seconds = fastest({"forward": forward, "step": step}, repeats)
     return Times(seconds["forward"], seconds["step"], parameters)
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.pruning``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.pruning")
 
 
 if __name__ == "__main__":

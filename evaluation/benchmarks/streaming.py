@@ -31,7 +31,7 @@ from torch import Tensor
 
 from evaluation.benchmarks.mergekit_environment import find_python
 from metamerge.errors import ConfigError
-from zoo.options import parse
+from zoo.options import command
 
 METHODS = ("average", "slerp", "ties")
 DENSITY = 0.2
@@ -133,7 +133,7 @@ def their_command(
     return [program, str(config), str(out), "--quiet", "--out-shard-size", size]
 
 
-def measure(command: Sequence[str], out: Path | None = None) -> Run:
+def observe(command: Sequence[str], out: Path | None = None) -> Run:
     """Run a command; its memory is read from the kernel while it runs."""
     clock = time.perf_counter()
     with tempfile.TemporaryFile() as told:
@@ -230,7 +230,7 @@ def compare(
             their_command(method, family, outs[1], options.shard, python),
         )
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            runs[side].append(measure(commands[side], outs[side]))
+            runs[side].append(observe(commands[side], outs[side]))
         if turn == 0:
             counts = disagreements(method, outs[0], outs[1], family)
         for out in outs:
@@ -240,9 +240,12 @@ def compare(
     return (*runs, counts)
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.streaming``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.streaming")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     python, console = find_python(options.python, options.cache), Console(width=160)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     numbers = int(options.gigabytes * 1e9 / 2 / dtype.itemsize)
@@ -262,7 +265,7 @@ def main() -> None:
         scratch = Path(name)
         family = write_family(scratch, numbers, dtype)
         starting = [
-            statistics.median(measure(command).working for _ in range(3))
+            statistics.median(observe(command).working for _ in range(3))
             for command in (
                 [sys.executable, "-c", "import metamerge"],
                 [str(Path(python).parent / "mergekit-pytorch"), "--help"],
@@ -297,6 +300,11 @@ def main() -> None:
     details["options"] = {"gigabytes": options.gigabytes, "dtype": options.dtype}
     line = {"name": "streaming", "value": min(details[m]["ratio"] for m in METHODS), "unit": "x"}
     print(json.dumps({**line, "against": "mergekit-pytorch 0.1.5", "details": details}))
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.streaming``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.streaming")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from evaluation.benchmarks.architectures import OWN, TRANSFORMERS, Sample
 from metamerge.alignment.weight_matching import weight_matching
 from metamerge.errors import StructureError
 from metamerge.structure import PermutationSpec, discover
-from zoo.options import parse
+from zoo.options import command
 
 PATIENCE = 10  # seconds that another package may take for one small network
 FULL_SIZE = ("resnet18", "bert_base")
@@ -52,9 +52,12 @@ class BenchmarkOptions:
     noise: float = 0.01  # of the copies that are matched back, relative to each tensor's spread
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.structure``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.structure")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     warnings.simplefilter("ignore")
     console = Console(width=None if sys.stdout.isatty() else 130)
     catalogue = {**OWN, **TRANSFORMERS}
@@ -299,6 +302,11 @@ def _other(found: dict[str, Any]) -> str:
         return "refused"
     broken = "" if found.get("keeps_function", True) else ", changes outputs"
     return f"{found['groups']} ({found['seconds']:.2f}{broken})"
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.structure``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.structure")
 
 
 if __name__ == "__main__":

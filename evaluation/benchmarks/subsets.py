@@ -19,8 +19,7 @@ from metamerge.structure import Layout, discover_program
 from metamerge.subsets import find_kernels, live_weights
 from zoo import architectures
 from zoo.masks import FULL, Masks, Recipe
-from zoo.memory import keep_freed_memory
-from zoo.options import parse
+from zoo.options import command
 from zoo.partial import Data, Descent, PartialTraining
 from zoo.training import init_networks
 
@@ -42,10 +41,12 @@ class BenchmarkOptions:
     repeats: int = 30  # steps of each, after one that does not count; the fastest counts
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.subsets``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.subsets")
-    keep_freed_memory()
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     network = partial(
         architectures.build, options.architecture, options.shape, 10, widths=options.widths
     )
@@ -90,6 +91,11 @@ def main() -> None:
             }
         )
     )
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.subsets``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.subsets")
 
 
 if __name__ == "__main__":

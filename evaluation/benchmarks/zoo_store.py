@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from metamerge.weights import Weights, stack
 from zoo import architectures
-from zoo.options import parse
+from zoo.options import command
 from zoo.store import Zoo
 from zoo.writing import Building
 
@@ -60,9 +60,12 @@ def fastest(read: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.zoo_store``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.zoo_store")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     console = Console()
     network = architectures.build("mlp", (1, 8, 8), 10, widths=(32,))
     families = options.networks // options.members
@@ -100,6 +103,11 @@ def main() -> None:
             }
         )
     )
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.zoo_store``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.zoo_store")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from metamerge.structure import Program
 from metamerge.weights import Weights, stack
 from zoo import architectures
-from zoo.options import parse
+from zoo.options import command
 from zoo.parts import TaskSplit, split_task
 from zoo.tasks import Task, load_task
 from zoo.training import init_networks, predict, train_networks
@@ -125,7 +125,7 @@ def _ordinary_loop(
         schedule.step()
 
 
-def measure(race: Race, test: tuple[Tensor, Tensor], console: Console) -> dict[str, float]:
+def raced(race: Race, test: tuple[Tensor, Tensor], console: Console) -> dict[str, float]:
     """Train the same networks three ways; ratios to training them together, and accuracies."""
     ways = {
         "together": race.together,
@@ -164,9 +164,12 @@ def scaling(race: Race, options: BenchmarkOptions, console: Console) -> dict[str
     return rates
 
 
-def main() -> None:
-    """Entry point of ``python -m evaluation.benchmarks.zoo_training``."""
-    options = parse(BenchmarkOptions, prog="python -m evaluation.benchmarks.zoo_training")
+def measure(options: BenchmarkOptions) -> None:
+    """Measure it, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     console = Console()
     generator = torch.Generator().manual_seed(0)
     split = split_task(load_task(options.task))
@@ -190,10 +193,10 @@ def main() -> None:
     small_mlps = race("mlp", NARROW, small, options.mlps, *amount)
     test = split.images("test")
     details = {
-        "mlp": measure(mlps, test, console),
-        "cnn": measure(cnns, tuple(t[:2000] for t in test), console),
-        "cnn, small images": measure(small_cnns, small.images("test"), console),
-        "mlp, small images": measure(small_mlps, small.images("test"), console),
+        "mlp": raced(mlps, test, console),
+        "cnn": raced(cnns, tuple(t[:2000] for t in test), console),
+        "cnn, small images": raced(small_cnns, small.images("test"), console),
+        "mlp, small images": raced(small_mlps, small.images("test"), console),
         "steps_per_second": scaling(mlps, options, console),
         "threads": torch.get_num_threads(),
     }
@@ -208,6 +211,11 @@ def main() -> None:
             }
         )
     )
+
+
+def main() -> None:
+    """Entry point of ``python -m evaluation.benchmarks.zoo_training``."""
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.zoo_training")
 
 
 if __name__ == "__main__":

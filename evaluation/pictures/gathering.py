@@ -34,7 +34,8 @@ from zoo.training import predict
 from zoo.weight_space import principal_components
 
 AS_TRAINED, ALIGNED = "as trained", "aligned"
-MOST = 1000  # images that landscapes are measured on
+MOST = 1000  # images that lines are measured on
+IN_PLANES = 250  # images that planes are measured on, which have a thousand networks each
 WATCHED = 256  # objective images that units are watched on
 
 
@@ -159,7 +160,7 @@ def _plane(
         bench.layout.program,
         everyone,
         mixed,
-        *_images(bench, split),
+        *_images(bench, split, IN_PLANES),
         calibration=_calibration(bench),
     )
     kinds = {"members": slice(0, bench.members)}
@@ -254,9 +255,9 @@ def reliabilities_of(
     }
 
 
-def _images(bench: Bench, split: str) -> tuple[Tensor, Tensor]:
+def _images(bench: Bench, split: str, most: int = MOST) -> tuple[Tensor, Tensor]:
     inputs, targets = bench.judged.split.images(split)
-    chosen = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))[:MOST]
+    chosen = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))[:most]
     return inputs[chosen], targets[chosen]
 
 

@@ -43,7 +43,7 @@ def test_our_command_merges(family, tmp_path, method):
 
 def test_a_process_is_measured(tmp_path):
     work = "import time\nwhile time.process_time() < 0.2: held = bytearray(20 << 20)"
-    run = streaming.measure([sys.executable, "-c", work], tmp_path)
+    run = streaming.observe([sys.executable, "-c", work], tmp_path)
     assert run.seconds >= run.working >= 0.2
     assert run.resident >= run.anonymous >= 20
 
@@ -77,4 +77,4 @@ def test_planted_differences_are_counted_and_those_at_the_cut_apart(family, tmp_
 
 def test_a_command_that_fails_is_told_with_what_it_said():
     with pytest.raises(ConfigError, match="no such luck"):
-        streaming.measure([sys.executable, "-c", "raise SystemExit('no such luck')"])
+        streaming.observe([sys.executable, "-c", "raise SystemExit('no such luck')"])
