@@ -8,7 +8,7 @@ from evaluation.benchmarks import alignment, subsets, zoo_training
 
 
 @pytest.mark.parametrize(
-    "module, arguments, told",
+    ("module", "arguments", "told"),
     [
         (alignment, ["--task", "digit"], "no task 'digit'"),
         (zoo_training, ["--task", "digit"], "no task 'digit'"),
