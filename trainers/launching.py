@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,8 +31,12 @@ def launched(name: str, **settings: Any) -> Iterator[Accelerator]:
         SystemExit: If the processes do not know of each other, or with the exit code of an error.
     """
     keep_freed_memory()
-    accelerator = Accelerator(**{"cpu": not torch.cuda.is_available(), **settings})
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        # Defaults of its functions are the process group that there is when it is imported. After
+        # that no group would ever end, and threads of gloo that outlive Python abort the process.
+        import_module("torch.distributed.nn.functional")
+    accelerator = Accelerator(**{"cpu": not torch.cuda.is_available(), **settings})
     if started != accelerator.num_processes:
         raise SystemExit(
             f"{name}: {started} processes were launched but accelerate sees "
