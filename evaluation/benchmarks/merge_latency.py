@@ -64,7 +64,11 @@ def distil(
 
 
 def measure(options: BenchmarkOptions) -> None:
-    """Time both on families of every size, and print the ratio as JSON."""
+    """Time both on families of every size, and end with a line of JSON.
+
+    Args:
+        options: What is measured.
+    """
     console, merger = Console(), load_merger(options.merger)
     zoo = build(options_from(read_card(options.merger)["zoos"][0]["options"]))
     split, layout = common_task(zoo), zoo.layout
@@ -131,8 +135,7 @@ def measure(options: BenchmarkOptions) -> None:
 
 def main() -> None:
     """Entry point of ``python -m evaluation.benchmarks.merge_latency``."""
-    prog = "python -m evaluation.benchmarks.merge_latency"
-    command(BenchmarkOptions, measure, prog=prog)
+    command(BenchmarkOptions, measure, prog="python -m evaluation.benchmarks.merge_latency")
 
 
 if __name__ == "__main__":

@@ -133,11 +133,11 @@ def their_command(
     return [program, str(config), str(out), "--quiet", "--out-shard-size", size]
 
 
-def observe(command: Sequence[str], out: Path | None = None) -> Run:
+def observe(words: Sequence[str], out: Path | None = None) -> Run:
     """Run a command; its memory is read from the kernel while it runs."""
     clock = time.perf_counter()
     with tempfile.TemporaryFile() as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told)
+        process = subprocess.Popen(words, stdout=told, stderr=told)
         resident = anonymous = 0
         while True:
             status = _status(process.pid)
@@ -151,7 +151,7 @@ def observe(command: Sequence[str], out: Path | None = None) -> Run:
         process.returncode = os.waitstatus_to_exitcode(code)
         if process.returncode:
             told.seek(0)
-            raise ConfigError(f"{command[0]} failed: {told.read().decode()[-2000:]}")
+            raise ConfigError(f"{words[0]} failed: {told.read().decode()[-2000:]}")
     clock = time.perf_counter()
     for path in out.iterdir() if out else ():
         with open(path, "rb+") as file:
@@ -265,8 +265,8 @@ def measure(options: BenchmarkOptions) -> None:
         scratch = Path(name)
         family = write_family(scratch, numbers, dtype)
         starting = [
-            statistics.median(observe(command).working for _ in range(3))
-            for command in (
+            statistics.median(observe(words).working for _ in range(3))
+            for words in (
                 [sys.executable, "-c", "import metamerge"],
                 [str(Path(python).parent / "mergekit-pytorch"), "--help"],
             )
