@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from metamerge.mergers import ThresholdObjective
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 from trainers.families import Families, thresholds_of
+
+HELD = 2**27  # numbers in the widest maps of the members that gradients are taken of at a time
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Batch:
         targets: Their classes ``[f, b]``, or probabilities ``[f, b, c]``.
         thresholds: ``[f]``.
         watched: Inputs that take the place of learned probes, or None.
+        share: Share that they are of the step's families of their group.
     """
 
     layout: Layout
@@ -64,6 +68,47 @@ class Batch:
     targets: Tensor
     thresholds: Tensor
     watched: Tensor | None
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def only(self, rows: Tensor) -> "Batch":
+        """Some of the families."""
+        members = {key: tensor[rows] for key, tensor in self.members.items()}
+        own = {name: getattr(self, name)[rows] for name in ("answers", "targets", "thresholds")}
+        share = self.share * len(rows) / len(self)
+        return replace(self, members=members, share=share, **own)
+
+
+def in_parts(batches: Sequence[Batch], probes: int) -> list[list[Batch]]:
+    """Share out the families of a step, where all maps of all members do not fit into memory.
+
+    Gradients of the parts add up to that of the step. Every part has families of every group, so
+    that all parts have gradients of the same parameters.
+
+    Args:
+        batches: Families of the step.
+        probes: Number of learned probes that members are watched on.
+
+    Returns:
+        Batches of every part.
+    """
+
+    def numbers(batch: Batch) -> int:
+        inputs = probes if batch.watched is None else len(batch.watched)
+        return batch.answers[:, :, 0, 0].numel() * inputs * batch.layout.program.widest
+
+    fewest = min(len(batch) for batch in batches)
+    count = min(fewest, ceil(sum(map(numbers, batches)) / HELD))
+    if count == 1:
+        return [list(batches)]
+    device = batches[0].targets.device
+    rows = [torch.arange(len(batch), device=device).tensor_split(count) for batch in batches]
+    return [
+        [batch.only(own) for batch, own in zip(batches, part, strict=True)]
+        for part in zip(*rows, strict=True)
+    ]
 
 
 def draw_step(

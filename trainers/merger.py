@@ -33,14 +33,14 @@ from metamerge.mergers import (
     ThresholdObjective,
     probe_start,
 )
-from trainers.drawing import Drawing, draw_step
+from trainers.drawing import Drawing, draw_step, in_parts
 from trainers.families import Data, Families, read_data
 from trainers.finishing import finish
 from trainers.launching import launched, progress_bar
 from trainers.outcome import Outcome, restore, snapshot
 from trainers.pretraining import pretrain
 from trainers.resume import load_state, save_state
-from trainers.stepping import Step
+from trainers.stepping import Step, take_gradients
 from trainers.validating import Goal, validate
 from zoo.build import build_with_progress
 from zoo.options import parse
@@ -248,9 +248,8 @@ def fit(
             batches = draw_step(step, options.seed, data.training, drawing, objective, share)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / options.steps)
-            loss = model(batches)
             optimizer.zero_grad()
-            accelerator.backward(loss)
+            loss = take_gradients(model, in_parts(batches, options.probes), accelerator)
             accelerator.clip_grad_norm_(merger.parameters(), 1.0)
             optimizer.step()
             averaged.update_parameters(merger)
@@ -258,7 +257,7 @@ def fit(
             if done % options.eval_every == 0 or done == options.steps:
                 scores = validate(averaged.module, data.validation, options.goal(), accelerator)
                 best.consider(averaged.module, scores, done, options.target)
-                told = {"loss": float(loss.detach()), **scores}
+                told = {"loss": float(loss), **scores}
                 best.history.append({"step": done, **told})
                 tracked.metrics(told, step=done)
                 reached = scores["share_above_threshold"]

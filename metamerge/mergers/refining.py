@@ -26,6 +26,7 @@ TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
 ALONE = 400  # steps, at least, on given inputs without any probes beside them
+WATCHED = 2**28  # numbers in the widest maps of the members that are merged at a time
 KEPT = (
     "the members agree on nearly all inputs that were made from them: the one that agrees most "
     "with the others is kept as it is. Pass a hundred inputs of their task or more (batches=) for "
@@ -50,6 +51,8 @@ def fuse(
     report: dict[str, Any] | None = None,
 ) -> Weights:
     """Merge aligned members, and refine what comes out.
+
+    Families are merged side by side, as many at a time as their members' maps fit into memory.
 
     Args:
         merger: A trained merger.
@@ -78,8 +81,9 @@ def fuse(
         watched = [Watched(every, inputs, f"{len(inputs)} inputs")]
     parts = []
     for each in watched:
-        own = {key: tensor[each.families.to(tensor.device)] for key, tensor in members.items()}
-        parts.append(fuse_on(merger, own, layout, each, steps=steps))
+        for families in each.families.split(_at_once(merger, members, layout, each.inputs)):
+            own = {key: tensor[families.to(tensor.device)] for key, tensor in members.items()}
+            parts.append(fuse_on(merger, own, layout, each, steps=steps))
     back = torch.cat([each.families for each in watched]).argsort()
     joined = {key: torch.cat([part[key] for part in parts]) for key in members}
     fused = {key: tensor[back.to(tensor.device)] for key, tensor in joined.items()}
@@ -251,6 +255,13 @@ def descend(
                     tensor.sub_(each * first[key] / size)
     done = {key: tensor.detach() for key, tensor in trained.items()}
     return {**{key: tensor.clone() for key, tensor in weights.items()}, **_tied(done, layout)}
+
+
+def _at_once(merger: nn.Module, members: Weights, layout: Layout, inputs: Tensor) -> int:
+    """Families that are merged at a time: all maps of their members are held at once."""
+    count = next(iter(members.values())).shape[1]
+    numbers = count * max(len(inputs), merger.config.mixtures) * layout.program.widest
+    return max(1, WATCHED // numbers)
 
 
 def _enough(merger: nn.Module, watched: Watched) -> int:

@@ -8,7 +8,7 @@ from torch import nn
 from metamerge.alignment import weight_matching
 from metamerge.calibration import divergence, predict
 from metamerge.errors import ConfigError
-from metamerge.mergers import consensus, fuse, refine
+from metamerge.mergers import consensus, fuse, refine, refining
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.ordering import in_canonical_order
 from metamerge.mergers.probes import mixtures
@@ -25,6 +25,10 @@ def furthest(found, expected):
 
 def average(members):
     return {key: tensor.mean(1) for key, tensor in members.items()}
+
+
+def families_in(members):
+    return len(next(iter(members.values())))
 
 
 def drawn_trust(families, members=4, classes=5):
@@ -269,6 +273,18 @@ def test_refining_does_not_depend_on_the_order_of_members_and_units(case, make_m
     everyone = {group: p[:, None].expand(-1, 4, -1) for group, p in perm.items()}
     found = fuse(merger, spec.permute(members, everyone), case.layout)
     assert furthest(found, spec.permute(expected, perm)) == 0
+
+
+def test_families_are_merged_a_few_at_a_time_where_their_maps_are_many(
+    case, make_merger, monkeypatch
+):
+    merger, members = make_merger(refine=4, mixtures=64), align(case)
+    expected, merged = fuse(merger, members, case.layout), []
+    merger.register_forward_hook(lambda _, given, __: merged.append(families_in(given[0])))
+    monkeypatch.setattr(refining, "WATCHED", 4 * 64 * case.layout.program.widest)  # one family's
+    found = fuse(merger, members, case.layout)
+    assert merged == [1, 1]
+    assert furthest(found, expected) < 1e-5
 
 
 def test_asked_for_steps_come_before_those_of_the_merger(mlp_case, make_merger):

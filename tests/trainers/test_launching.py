@@ -3,6 +3,7 @@
 The processes that are launched run this file: ``main``.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ def main():
         before = gloo_threads()
         del model
         accelerator.free_memory()
-    print("threads", accelerator.process_index, before, gloo_threads(), flush=True)
+    told = f"threads {accelerator.process_index} {before} {gloo_threads()}\n"
+    sys.stdout.write(told)  # at once: two processes write
 
 
 def test_threads_of_the_process_group_end_before_python_does(launch, two_processes, tmp_path):

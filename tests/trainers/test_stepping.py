@@ -1,12 +1,16 @@
 """The loss of a step: mean over its batches, in half precision where products alone are halved."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from accelerate import Accelerator
 
 from metamerge.mergers import GNNConfig, GNNMerger, ThresholdObjective, consensus
 from metamerge.structure import run
-from trainers.drawing import Drawing, draw
-from trainers.stepping import Step
+from trainers import drawing
+from trainers.drawing import Drawing, draw, in_parts
+from trainers.stepping import Step, take_gradients
 
 OBJECTIVE = ThresholdObjective("ensemble", headroom=0.05)
 DRAWING = Drawing(
@@ -61,6 +65,31 @@ def test_a_step_of_two_sizes_is_the_mean_of_both(merger, batches):
         expected = (alone[0][1][key] + alone[1][1][key]) / 2
         # sums of some thousand products in another order
         assert torch.allclose(gradient, expected, atol=1e-5 * float(expected.abs().max())), key
+
+
+def test_parts_of_a_step_add_up_to_it(merger, batches, monkeypatch):
+    loss, gradients = loss_and_gradients(merger, batches)
+    widest = batches[0].layout.program.widest
+    asked = [3 * members * 32 * widest for members in (2, 4)]  # families, members, probes
+    for held, expected in ((sum(asked), [3]), (sum(asked) - 1, [2, 1]), (1, [1, 1, 1])):
+        monkeypatch.setattr(drawing, "HELD", held)
+        parts = in_parts(batches, 32)
+        assert [[len(batch) for batch in part] for part in parts] == [[n, n] for n in expected]
+        merger.zero_grad()
+        step = Step(merger, OBJECTIVE, 0.7, "float32")
+        found = take_gradients(step, parts, Accelerator(cpu=True))
+        assert torch.allclose(found, loss, rtol=1e-5)
+        for key, parameter in merger.named_parameters():
+            # sums in another order; a bias below a softmax has no gradient but rounding errors
+            most = 1e-4 * float(gradients[key].abs().max()) + 1e-7
+            assert torch.allclose(parameter.grad, gradients[key], atol=most), key
+
+
+def test_watched_inputs_count_in_place_of_probes(batches, monkeypatch):
+    batch = replace(batches[0], watched=batches[0].inputs)
+    monkeypatch.setattr(drawing, "HELD", 3 * 2 * 60 * batch.layout.program.widest)
+    assert len(in_parts([batch], 10**6)) == 1
+    assert len(in_parts([batches[0]], 10**6)) == 3
 
 
 def test_bfloat16_halves_the_products_of_fused_networks_and_nothing_else(merger, batches):
