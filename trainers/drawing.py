@@ -13,7 +13,7 @@ from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 from trainers.families import Families, thresholds_of
 
-HELD = 2**27  # numbers in the widest maps of the members that gradients are taken of at a time
+HELD = 2**26  # numbers in the widest maps of the members that gradients are taken of at a time
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ RATES = (1e-3, 3e-3)
 WAYS = (0.5, 1.0)  # how far to go from the start to what fine-tuning makes of it
 FOLDS = 4
 MANY = 1000  # inputs from which on one fold is enough to choose by
-STEPS = (100, 300)  # at least and at most: six passes over the inputs
+PASSES = 32  # over the inputs: the half way back is worth most after many
+STEPS = (100, 1000)  # at least and at most: hundreds of passes over few inputs do harm
 HELD = 500  # inputs from which on the anchor counts for less
 BATCH = 128
 
@@ -183,7 +184,7 @@ def _tune(
         known = (wrong * own).sum(1) / own.sum(1).clamp_min(1)
         return known + hold * divergence(kept, wanted[held])
 
-    steps = min(max(6 * len(inputs) // BATCH, STEPS[0]), STEPS[1])
+    steps = min(max(PASSES * len(inputs) // BATCH, STEPS[0]), STEPS[1])
     return descend(weights, layout, loss, steps=steps, lr=rates)
 
 

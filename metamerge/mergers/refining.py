@@ -26,7 +26,7 @@ TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
 ALONE = 400  # steps, at least, on given inputs without any probes beside them
-WATCHED = 2**28  # numbers in the widest maps of the members that are merged at a time
+WATCHED = 2**27  # numbers in the widest maps of the members that are merged at a time
 KEPT = (
     "the members agree on nearly all inputs that were made from them: the one that agrees most "
     "with the others is kept as it is. Pass a hundred inputs of their task or more (batches=) for "

@@ -8,7 +8,7 @@ from metamerge.alignment import weight_matching
 from metamerge.calibration import predict
 from metamerge.errors import ConfigError
 from metamerge.mergers import adapt, adapting, fuse
-from metamerge.mergers.adapting import FOLDS, RATES, Setting
+from metamerge.mergers.adapting import FOLDS, RATES, STEPS, Setting
 from metamerge.mergers.ordering import in_canonical_order
 
 
@@ -133,11 +133,29 @@ def test_many_inputs_are_split_once(family, trained_merger, monkeypatch):
     assert report["chosen_on"] == "a quarter of the 60 labelled inputs"
 
 
+@pytest.mark.parametrize(("inputs", "steps"), [(60, 100), (600, 150), (6000, 1000)])
+def test_all_inputs_are_seen_equally_often_within_limits(
+    family, trained_merger, monkeypatch, inputs, steps
+):
+    taken = []
+
+    def stay(weights, layout, loss, *, steps, lr):
+        taken.append(steps)
+        return weights
+
+    monkeypatch.setattr(adapting, "descend", stay)
+    monkeypatch.setattr(adapting, "STEPS", STEPS)
+    members, layout, *labelled = family
+    given = [tensor.repeat(100, *[1] * (tensor.ndim - 1))[:inputs] for tensor in labelled]
+    adapt(trained_merger, members, layout, *given)
+    assert set(taken) == {steps}
+
+
 # ---------------------------------------------------------------------------- what is chosen
 
 
 def test_labels_lift_the_fused_network(family, trained_merger, digits_zoo, monkeypatch):
-    monkeypatch.setattr(adapting, "STEPS", (100, 300))
+    monkeypatch.setattr(adapting, "STEPS", (100, 100))
     members, layout, inputs, labels = family
     images, targets = digits_zoo.validation
     report = {}
