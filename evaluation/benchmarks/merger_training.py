@@ -8,14 +8,21 @@ The cores of a CPU are used in both ways that training can use them: as threads 
 as processes that share the families of a step and average their gradients, which is what
 ``accelerate launch`` starts. ``value`` is sets per second of the faster way at the largest number
 of families per step; the curve over smaller ones stands beside it.
+
+``--channels 16 32 32 --parts 1 2 3 6`` measures convolutional networks, and steps whose gradients
+are taken in so many parts of the families, with what memory they take: training does so where the
+maps of all members on all probes are too many.
 """
 
 import json
 import os
+import resource
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -40,11 +47,20 @@ class BenchmarkOptions:
 
     members: int = 10  # members per family
     widths: tuple[int, ...] = (128, 128)  # units per hidden layer
+    channels: tuple[int, ...] = ()  # of convolutions, in place of hidden layers
     families: tuple[int, ...] = (1, 2, 4, 8, 16)  # families per step, over all processes
     probes: int = 256  # learned probes
     images: int = 256  # objective images per step
     repeats: int = 3  # steps of each size, after one that does not count; the fastest counts
     processes: tuple[int, ...] = (1, 2)  # ways to share out the cores of a CPU
+    parts: tuple[int, ...] = (1,)  # parts in which a process takes the gradients of a step
+
+
+class Measured(NamedTuple):
+    """Families per step -> sets per second, and the most memory that a process has taken."""
+
+    rates: dict[int, float]
+    gigabytes: float
 
 
 class Step(nn.Module):
@@ -69,15 +85,19 @@ def measure(options: BenchmarkOptions) -> None:
         options: What is measured.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    curves, console = {}, Console()
+    found: dict[str, Measured] = {}
+    console = Console()
     for processes in options.processes if device == "cpu" else (1,):
         threads = max(1, (os.cpu_count() or 1) // processes)
-        way = f"{device}, processes: {processes}, threads of each: {threads}"
-        curves[way] = measured(options, device, processes, threads)
-        for count, rate in curves[way].items():
-            console.print(f"{count} families per step: {rate:.1f} sets/s ({way})")
+        for parts in options.parts:
+            way = f"{device}, processes: {processes}, threads of each: {threads}"
+            way += f", parts of a step: {parts}" if options.parts != (1,) else ""
+            found[way] = measured(options, device, processes, threads, parts)
+            for count, rate in found[way].rates.items():
+                console.print(f"{count} families per step: {rate:.1f} sets/s ({way})")
+            console.print(f"{found[way].gigabytes:.2f} GB of memory at most ({way})")
     most = max(options.families)
-    final = {way: round(curve[most], 1) for way, curve in curves.items() if most in curve}
+    final = {way: round(own.rates[most], 1) for way, own in found.items() if most in own.rates}
     best = max(final, key=final.get)
     print(
         json.dumps(
@@ -90,9 +110,10 @@ def measure(options: BenchmarkOptions) -> None:
                     "with": best,
                     "families_per_step": most,
                     "sets_per_second": {
-                        way: {k: round(v, 2) for k, v in curve.items()}
-                        for way, curve in curves.items()
+                        way: {k: round(v, 2) for k, v in own.rates.items()}
+                        for way, own in found.items()
                     },
+                    "gigabytes": {way: round(own.gigabytes, 2) for way, own in found.items()},
                     "members": options.members,
                     "cores": os.cpu_count(),
                 },
@@ -102,8 +123,8 @@ def measure(options: BenchmarkOptions) -> None:
 
 
 def measured(
-    options: BenchmarkOptions, device: str, processes: int, threads: int
-) -> dict[int, float]:
+    options: BenchmarkOptions, device: str, processes: int, threads: int, parts: int = 1
+) -> Measured:
     """Sets per second of processes that share the families of a step.
 
     Args:
@@ -111,19 +132,26 @@ def measured(
         device: Where.
         processes: Number of processes.
         threads: Threads of each.
+        parts: Parts in which each takes the gradients of its families, where it has so many.
 
     Returns:
-        Families per step -> sets per second, for those numbers that all processes have a part of.
+        Rates for those numbers of families that all processes have a part of, and memory.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = (options, device, processes, threads, folder)
+        given = (options, device, processes, threads, parts, folder)
         multiprocessing.spawn(take_steps, given, nprocs=processes)
-        found = json.loads((Path(folder) / "rates.json").read_text())
-    return {int(count): rate for count, rate in found.items()}
+        rates, gigabytes = json.loads((Path(folder) / "measured.json").read_text())
+    return Measured({int(count): rate for count, rate in rates.items()}, gigabytes)
 
 
 def take_steps(
-    rank: int, options: BenchmarkOptions, device: str, processes: int, threads: int, folder: str
+    rank: int,
+    options: BenchmarkOptions,
+    device: str,
+    processes: int,
+    threads: int,
+    parts: int,
+    folder: str,
 ) -> None:
     """What each of the processes does; the first one writes down the rates."""
     keep_freed_memory()
@@ -132,7 +160,8 @@ def take_steps(
     distributed.init_process_group("gloo", init_method=met, rank=rank, world_size=processes)
 
     def network() -> nn.Module:
-        return architectures.build("mlp", SHAPE, CLASSES, widths=options.widths)
+        kind, sizes = ("cnn", options.channels) if options.channels else ("mlp", options.widths)
+        return architectures.build(kind, SHAPE, CLASSES, widths=sizes)
 
     program = architectures.program_of(network(), SHAPE)
     layout = Layout(program, discover_program(program))
@@ -150,12 +179,15 @@ def take_steps(
     targets = torch.randint(CLASSES, (own, options.images), device=device)
 
     def seconds(count: int) -> float:
-        some = {key: tensor[:count] for key, tensor in families.items()}
         settle(device)
         clock = time.perf_counter()
-        loss = step(some, answers[:count], images, targets[:count])
         optimizer.zero_grad()
-        loss.backward()
+        for rows in torch.arange(count).tensor_split(min(parts, count)):
+            some = {key: tensor[rows] for key, tensor in families.items()}
+            apart = processes > 1 and rows[-1] + 1 < count  # averaged with the last part
+            with step.no_sync() if apart else nullcontext():
+                loss = step(some, answers[rows], images, targets[rows])
+                (loss * len(rows) / count).backward()
         optimizer.step()
         settle(device)
         return time.perf_counter() - clock
@@ -166,8 +198,15 @@ def take_steps(
             seconds(count // processes)
             rates[count] = count / min(seconds(count // processes) for _ in range(options.repeats))
     if rank == 0:
-        (Path(folder) / "rates.json").write_text(json.dumps(rates))
+        (Path(folder) / "measured.json").write_text(json.dumps([rates, peak(device)]))
     distributed.destroy_process_group()
+
+
+def peak(device: str) -> float:
+    """Gigabytes that this process has taken at most."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def settle(device: str) -> None:

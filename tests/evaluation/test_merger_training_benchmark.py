@@ -6,6 +6,13 @@ from evaluation.benchmarks.merger_training import BenchmarkOptions, measured
 def test_only_steps_that_every_process_has_a_part_of_are_measured():
     sizes = {"members": 2, "widths": (8,), "probes": 4, "images": 4, "repeats": 1}
     options = BenchmarkOptions(families=(1, 2, 3, 4), **sizes)
-    rates = measured(options, "cpu", processes=2, threads=1)
-    assert list(rates) == [2, 4]
-    assert min(rates.values()) > 0
+    found = measured(options, "cpu", processes=2, threads=1)
+    assert list(found.rates) == [2, 4]
+    assert min(found.rates.values()) > 0
+
+
+def test_parts_of_a_step_take_less_memory():
+    sizes = {"members": 4, "channels": (8, 8), "probes": 256, "images": 16, "repeats": 1}
+    options = BenchmarkOptions(families=(8,), **sizes)
+    whole, parts = (measured(options, "cpu", 1, 1, parts=count).gigabytes for count in (1, 8))
+    assert parts < 0.7 * whole
