@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,18 +15,35 @@ from metamerge.errors import MetaMergeError
 from metamerge.mergers import Merger, fuse, refine, save_merger
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.probes import filled_up
+from metamerge.mergers.refining import nearest_members
 from metamerge.mergers.watching import told_apart
 from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
 
 FILL = 1024  # inputs that mixtures of probes fill up to
-REFINING = (  # steps, and inputs with mixtures, that validation families choose from
-    *((0, 0), (100, 0), (200, 0)),  # 25 are as good on their sizes at times, not on narrower ones
-    *((0, FILL), (100, FILL), (200, FILL), (400, FILL)),
+
+
+class Way(NamedTuple):
+    """A way to refine: steps, inputs that mixtures fill up to, and where the steps start from."""
+
+    steps: int
+    mixtures: int
+    start: str = "fused"
+
+    def __str__(self) -> str:
+        """Such as ``400 steps of refining on mixtures, from a member``."""
+        told = f"{self.steps} steps of refining{' on mixtures' * bool(self.mixtures)}"
+        return told if self.start == "fused" else f"{told}, from a member"
+
+
+REFINING = (  # what validation families choose from
+    *(Way(steps, 0) for steps in (0, 100, 200)),  # 25 are as good on their sizes, not on narrower
+    *(Way(steps, FILL) for steps in (0, 100, 200, 400)),
+    *(Way(*told, "member") for told in ((100, 0), (100, FILL), (400, FILL))),
 )
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
-WORTH = 1e-3  # accuracy that mixtures have to add, with which a merge takes twice as long
+WORTH = 1e-3  # accuracy that mixtures, which take twice as long, and members have to add
 STRANGE = 0.85  # of what its validation families tell apart is too little for a merger's probes
 SHOWN = 500  # inputs, at most, that are tried beside the probes
 HARM = 5e-3  # accuracy that they have to cost to be left out: networks at hand may need them more
@@ -61,8 +78,8 @@ def finish(
     refined = try_refining(merger, data.validation, goal)
     least = familiarity(merger, data.validation)
     merger.config = replace(merger.config, familiar=least)
-    (steps, fill), gates = settle(merger, refined, data.validation)
-    accuracy = float(refined[steps, fill].mean())
+    way, gates = settle(merger, refined, data.validation)
+    accuracy = float(refined[way].mean())
     joined = float(try_inputs(merger, data, goal).mean())
     useful = joined > accuracy - HARM
     merger.config = replace(merger.config, inputs=useful)
@@ -74,8 +91,7 @@ def finish(
         ],
         "validation": best.scores,
         "refining": [
-            {"steps": some, "mixtures": filled, "accuracy": float(each.mean())}
-            for (some, filled), each in refined.items()
+            {**one._asdict(), "accuracy": float(each.mean())} for one, each in refined.items()
         ],
         "inputs": {"accuracy": joined, "useful": useful},
         "familiar": least,
@@ -100,7 +116,7 @@ def finish(
     share = best.scores["share_above_threshold"]
     console.print(
         f"[bold]merger[/] {folder}: validation accuracy {best.scores['validation_accuracy']:.3f}, "
-        f"{accuracy:.3f} after {steps} steps of refining{' on mixtures' * bool(fill)}, "
+        f"{accuracy:.3f} after {way}, "
         f"{share:.0%} of families above threshold, {best.seconds:.0f} s"
     )
     if failed:
@@ -109,9 +125,7 @@ def finish(
 
 
 @torch.no_grad()
-def try_refining(
-    merger: Merger, groups: Sequence[Families], goal: Goal
-) -> dict[tuple[int, int], Tensor]:
+def try_refining(merger: Merger, groups: Sequence[Families], goal: Goal) -> dict[Way, Tensor]:
     """Refine merged validation families in every way of ``REFINING``.
 
     Args:
@@ -120,22 +134,25 @@ def try_refining(
         goal: What they are judged by.
 
     Returns:
-        Steps, and inputs that mixtures fill up to -> accuracy of every family, ``[f]``, in float64.
+        Way -> accuracy of every family, ``[f]``, in float64.
     """
-    found: dict[tuple[int, int], list[Tensor]] = {choice: [] for choice in REFINING}
+    found: dict[Way, list[Tensor]] = {way: [] for way in REFINING}
     for group in groups:
         (wanted, _), layout, probes = judged(group, goal), group.layout, _probes(merger, group)
         for rows in torch.arange(len(group)).split(max(1, goal.at_once // 4)):  # inputs are many
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            for fill in dict.fromkeys(fill for _, fill in REFINING):
+            for fill in dict.fromkeys(way.mixtures for way in REFINING):
                 shown = filled_up(probes, layout, fill)
                 fused, trust = merger(members, layout, shown)
+                answers = answers_of(members, layout, shown)
+                starts = {"fused": fused, "member": nearest_members(members, answers, trust)[0]}
                 given = (members, layout, shown, trust)
-                for steps in [steps for steps, filled in REFINING if filled == fill]:
-                    refined = refine(fused, *given, steps=steps) if steps else fused
-                    scores = score(refined, group, wanted[rows.to(wanted.device)])
-                    found[steps, fill].append(scores)
-    return {choice: torch.cat(scores).double().cpu() for choice, scores in found.items()}
+                for way in [way for way in REFINING if way.mixtures == fill]:
+                    told = {"steps": way.steps, "answers": answers}
+                    begun = starts[way.start]
+                    refined = refine(begun, *given, **told) if way.steps else begun
+                    found[way].append(score(refined, group, wanted[rows.to(wanted.device)]))
+    return {way: torch.cat(scores).double().cpu() for way, scores in found.items()}
 
 
 @torch.no_grad()
@@ -161,32 +178,33 @@ def try_inputs(merger: Merger, data: Data, goal: Goal) -> Tensor:
     return torch.cat(scores).double().cpu()
 
 
-def chosen(refined: Mapping[tuple[int, int], Tensor]) -> tuple[int, int]:
-    """Choose how to refine: in few steps, on mixtures where these are clearly better.
+def chosen(refined: Mapping[Way, Tensor]) -> Way:
+    """Choose how to refine: in few steps, on mixtures and from members where these clearly gain.
 
-    With them a merge takes longer, so their gain has to be worth that, and to exceed its standard
-    error over families (the one-SE rule of Breiman, Friedman, Olshen, Stone, "Classification and
-    Regression Trees", 1984).
+    A merge takes longer with mixtures, and a fused network, which owes something to all members, is
+    the start unless a member is better. Gains have to exceed their standard error over families
+    (the one-SE rule of Breiman, Friedman, Olshen, Stone, "Classification and Regression Trees",
+    1984).
 
     Args:
         refined: What ``try_refining`` found.
 
     Returns:
-        Steps, and inputs that mixtures fill up to.
+        The way.
     """
-    plain, mixed = (_fewest(refined, fill) for fill in (0, FILL))
-    gain = refined[mixed] - refined[plain]  # [f], paired
-    if len(gain) > 1 and gain.mean() > max(WORTH, gain.std() / len(gain) ** 0.5):
-        return mixed
-    return plain
+    best = [
+        _better(*(_fewest(refined, fill, start) for fill in (0, FILL)), refined)
+        for start in ("fused", "member")
+    ]
+    return _better(*best, refined)
 
 
 def settle(
-    merger: Merger, refined: Mapping[tuple[int, int], Tensor], groups: Sequence[Families]
-) -> tuple[tuple[int, int], dict[str, list[Gate]]]:
+    merger: Merger, refined: Mapping[Way, Tensor], groups: Sequence[Families]
+) -> tuple[Way, dict[str, list[Gate]]]:
     """Set how a merger refines, and run its gates; what breaks one is not chosen.
 
-    Mixtures go first, then refining altogether.
+    Members go first, then mixtures, then refining altogether.
 
     Args:
         merger: The merger; its configuration is changed.
@@ -194,19 +212,35 @@ def settle(
         groups: Validation families.
 
     Returns:
-        Steps and inputs that mixtures fill up to, and the gates of every group.
+        The way, and the gates of every group.
     """
-    for steps, fill in dict.fromkeys((chosen(refined), _fewest(refined, 0), (0, 0))):
-        merger.config = replace(merger.config, refine=steps, mixtures=fill)
+    plain = _fewest(refined, 0, "fused")
+    mixed = _better(plain, _fewest(refined, FILL, "fused"), refined)
+    for way in dict.fromkeys((chosen(refined), mixed, plain, REFINING[0])):
+        told = {"refine": way.steps, "mixtures": way.mixtures, "start": way.start}
+        merger.config = replace(merger.config, **told)
         gates = {group.name: gates_of(merger, group) for group in groups}
         if all(gate.passed for own in gates.values() for gate in own):
             break
-    return (steps, fill), gates
+    return way, gates
 
 
-def _fewest(refined: Mapping[tuple[int, int], Tensor], fill: int) -> tuple[int, int]:
-    means = {choice: float(t.mean()) for choice, t in refined.items() if choice[1] == fill}
-    return min(choice for choice, mean in means.items() if mean >= max(means.values()) - ENOUGH)
+def _better(one: Way, other: Way, refined: Mapping[Way, Tensor]) -> Way:
+    """The other where its gain over the first is worth something, and exceeds its error."""
+    gain = refined[other] - refined[one]  # [f], paired
+    if len(gain) > 1 and gain.mean() > max(WORTH, gain.std() / len(gain) ** 0.5):
+        return other
+    return one
+
+
+def _fewest(refined: Mapping[Way, Tensor], fill: int, start: str) -> Way:
+    """The fewest steps that are as good as any."""
+    means = {
+        way: float(scores.mean())
+        for way, scores in refined.items()
+        if (way.mixtures, way.start) == (fill, start)
+    }
+    return min(way for way, mean in means.items() if mean >= max(means.values()) - ENOUGH)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ Merger = GNNMerger | AutoencoderMerger
 """A merger of any kind."""
 
 KINDS = {"gnn": (GNNConfig, GNNMerger), "autoencoder": (AutoencoderConfig, AutoencoderMerger)}
+LATER = {"start"}  # of a configuration: its default is what mergers did that do not have it
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -112,7 +113,7 @@ def read_kind(folder: str | os.PathLike[str]) -> str:
 def _blank(configuration: type, made: type, stored: Mapping[str, Any]) -> Merger:
     """A merger of a stored configuration; its init is drawn only to be replaced."""
     known = {field.name for field in fields(configuration)}
-    if stored.keys() != known:
+    if not known - LATER <= stored.keys() <= known:
         raise ValueError(
             f"unknown: {sorted(stored.keys() - known)}, missing: {sorted(known - stored.keys())}"
         )

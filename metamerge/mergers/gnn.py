@@ -35,6 +35,8 @@ class GNNConfig:
         gate: Whether the competence gate is on.
         refine: Steps of refining that proved best when the merger was trained.
         mixtures: Inputs that mixtures of probes fill up to, for the fit and these steps; 0: none.
+        start: Where these steps start from: ``fused``, or the ``member`` that says most of what the
+            consensus says.
         familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
             to be strange to them; 0: they never are.
         inputs: Whether inputs may join or replace its probes; not where they did harm in training.
@@ -48,6 +50,7 @@ class GNNConfig:
     gate: bool = True
     refine: int = 0
     mixtures: int = 0
+    start: str = "fused"
     familiar: float = 0.0
     inputs: bool = True
 

@@ -37,6 +37,10 @@ SAME_VOTES = (
     "the others "
 )
 LEARNS = SAME_VOTES + "is the start, and learns the soft vote of all on the inputs."
+FROM_MEMBER = (
+    "the member that says most of what the consensus says is the start, and learns the consensus: "
+    "validation families preferred it to the fused network when the merger was trained."
+)
 COULD_LEARN = SAME_VOTES + "is kept as it is. With steps (refine=) it learns the soft vote of all."
 AGREED = 1e-6  # divergence below which there is nothing to refine
 
@@ -61,7 +65,7 @@ def fuse(
         inputs: Calibration inputs that take the place of the merger's probes, ``[b, ...]``.
         steps: Steps of refining; None for as many as proved best when the merger was trained.
         report: Takes what members of the first family were ``watched_on``, if not on inputs, and
-            the number of the one that was ``kept`` as it is, if any.
+            the number of the one that was ``kept`` as it is or ``started_from``, if any.
 
     Returns:
         Fused weights, ``[f, ...]``.
@@ -79,11 +83,15 @@ def fuse(
         check_fit(layout.program, inputs)
         every = torch.arange(len(next(iter(members.values()))))
         watched = [Watched(every, inputs, f"{len(inputs)} inputs")]
-    parts = []
+    parts: list[Weights] = []
+    begun: list[Tensor] = []
     for each in watched:
         for families in each.families.split(_at_once(merger, members, layout, each.inputs)):
             own = {key: tensor[families.to(tensor.device)] for key, tensor in members.items()}
-            parts.append(fuse_on(merger, own, layout, each, steps=steps))
+            first = None if parts else begun
+            parts.append(fuse_on(merger, own, layout, each, steps=steps, begun=first))
+    if report is not None:
+        _tell_start(begun, int(watched[0].families[0]), given, report)
     back = torch.cat([each.families for each in watched]).argsort()
     joined = {key: torch.cat([part[key] for part in parts]) for key in members}
     fused = {key: tensor[back.to(tensor.device)] for key, tensor in joined.items()}
@@ -120,9 +128,12 @@ def fuse_beside(
     ordered, perm = in_canonical_order(members, layout)
     watched = watched_beside(merger, ordered, layout, inputs)
     steps = _enough(merger, watched) if steps is None else steps
+    begun: list[Tensor] = []
+    fused = fuse_on(merger, ordered, layout, watched, steps=steps, begun=begun)
     if report is not None:
         _tell(watched, members, report, learns=watched.voters is not None and steps > 0)
-    return layout.spec.unpermute(fuse_on(merger, ordered, layout, watched, steps=steps), perm)
+        _tell_start(begun, 0, members, report)
+    return layout.spec.unpermute(fused, perm)
 
 
 def fuse_on(
@@ -132,6 +143,7 @@ def fuse_on(
     watched: Watched,
     *,
     steps: int | None = None,
+    begun: list[Tensor] | None = None,
 ) -> Weights:
     """Merge and refine families that are watched on the same inputs, or take one of their members.
 
@@ -142,6 +154,7 @@ def fuse_on(
         watched: What they are watched on, and which member is to be kept or to learn from others.
         steps: Steps of refining; None for as many as proved best when the merger was trained, at
             least ``ALONE`` on inputs that stand alone, and none where a member is to be kept.
+        begun: Takes the numbers of the members that refining starts from, ``[f]``, if it does.
 
     Returns:
         Weights ``[f, ...]``, with units in the order of the members.
@@ -158,8 +171,31 @@ def fuse_on(
     fused, trust = merger(members, layout, shown)
     if not steps:
         return fused
+    shown, answers = shown.detach(), answers_of(members, layout, shown).detach()
     start = fused if watched.kept is None else kept
-    return refine(start, members, layout, shown.detach(), trust, steps=steps)
+    if watched.kept is None and merger.config.start == "member":
+        start, numbers = nearest_members(members, answers, trust)
+        if begun is not None:
+            begun.append(numbers)
+    return refine(start, members, layout, shown, trust, steps=steps, answers=answers)
+
+
+def nearest_members(members: Weights, answers: Tensor, trust: Tensor) -> tuple[Weights, Tensor]:
+    """The member of each family that says most of what their consensus says.
+
+    Args:
+        members: Aligned members, ``[f, m, ...]``.
+        answers: Their logits, ``[f, m, b, c]``.
+        trust: What the gate read of them, ``[f, m, c, TOLD]``.
+
+    Returns:
+        Their weights ``[f, ...]`` and numbers ``[f]``.
+    """
+    wanted = consensus(trust, answers).softmax(-1)  # [f, b, c]
+    apart = torch.stack([divergence(own, wanted) for own in answers.unbind(1)], 1)  # [f, m]
+    numbers = apart.argmin(1)
+    rows = torch.arange(len(numbers), device=numbers.device)
+    return {key: tensor[rows, numbers] for key, tensor in members.items()}, numbers
 
 
 def refine(
@@ -171,6 +207,7 @@ def refine(
     *,
     steps: int,
     lr: float = 1e-3,
+    answers: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Weights:
     """Take steps of Adam towards the consensus of the members, for all families at once.
@@ -183,6 +220,7 @@ def refine(
         trust: What the gate read of the members, ``[f, m, c, TOLD]``; None to trust all alike.
         steps: Number of steps; the learning rate falls to 0 over them.
         lr: Learning rate of the first step.
+        answers: The members' logits on the inputs, ``[f, m, b, c]``, where they are known.
         generator: Source of the order of inputs.
 
     Returns:
@@ -191,7 +229,7 @@ def refine(
     """
     chosen = generator or torch.Generator().manual_seed(0)
     with torch.no_grad():
-        answers = answers_of(members, layout, inputs)
+        answers = answers_of(members, layout, inputs) if answers is None else answers
         if trust is None:
             trust = answers.new_zeros(*answers.shape[:2], answers.shape[-1], TOLD)
         agreed = consensus(trust.detach(), answers)
@@ -282,6 +320,13 @@ def _tell(
         report["started_from" if learns else "kept"] = int(order[watched.kept])
         unlearned = KEPT if watched.voters is None else COULD_LEARN
         report["note"] = LEARNS if learns else unlearned
+
+
+def _tell_start(begun: list[Tensor], family: int, members: Weights, report: dict[str, Any]) -> None:
+    """Say which member of a family refining began with, by the number that it came with."""
+    if begun:
+        order = member_order(members)[family]
+        report |= {"started_from": int(order[int(begun[0][0])]), "note": FROM_MEMBER}
 
 
 def _typical(grad: Tensor) -> Tensor:

@@ -113,6 +113,11 @@ def test_a_kind_that_nobody_knows_is_refused(folder, kind):
         load_merger(folder)
 
 
+def test_what_mergers_did_not_choose_before_is_what_they_did(folder):
+    rewrite(folder, lambda metadata: metadata["config"].pop("start"))
+    assert load_merger(folder).config.start == "fused"
+
+
 def test_what_is_wrong_with_a_configuration_is_said(folder):
     rewrite(folder, lambda metadata: metadata["config"].update(invention=1))
     with pytest.raises(Unreadable, match=r"unknown: \['invention'\].*version of metamerge that"):

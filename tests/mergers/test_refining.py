@@ -8,11 +8,11 @@ from torch import nn
 from metamerge.alignment import weight_matching
 from metamerge.calibration import divergence, predict
 from metamerge.errors import ConfigError
-from metamerge.mergers import consensus, fuse, refine, refining
+from metamerge.mergers import consensus, fuse, fuse_beside, refine, refining
 from metamerge.mergers.gate import answers_of
-from metamerge.mergers.ordering import in_canonical_order
-from metamerge.mergers.probes import mixtures
-from metamerge.mergers.refining import AGREED, descend
+from metamerge.mergers.ordering import in_canonical_order, member_order
+from metamerge.mergers.probes import filled_up, mixtures
+from metamerge.mergers.refining import AGREED, descend, nearest_members
 from metamerge.mergers.watching import watched_inputs
 from metamerge.structure import Layout, discover_program, run, trace
 from metamerge.weights import stack
@@ -273,6 +273,56 @@ def test_refining_does_not_depend_on_the_order_of_members_and_units(case, make_m
     everyone = {group: p[:, None].expand(-1, 4, -1) for group, p in perm.items()}
     found = fuse(merger, spec.permute(members, everyone), case.layout)
     assert furthest(found, spec.permute(expected, perm)) == 0
+
+
+# ---------------------------------------------------------------------------- from a member
+
+
+def test_the_nearest_member_is_the_one_whose_answers_are_the_consensus_by_hand():
+    answers = torch.tensor([[[[2.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.0]]]])  # one family of three
+    first = torch.zeros(1, 3, 2, 5)
+    members = {"weight": torch.arange(3.0)[None]}
+    # all trusted alike: the consensus is (1, 1/3), which the last is nearest to
+    for trust, expected in ((first, 2), (first.clone(), 1)):
+        if expected == 1:
+            trust[:, 1, :, 0] = 50.0  # the second alone is listened to
+        weights, numbers = nearest_members(members, answers, trust)
+        assert numbers.tolist() == [expected]
+        assert weights["weight"].tolist() == [float(expected)]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_steps_start_from_the_nearest_member_and_the_report_says_which(case, make_merger, given):
+    merger = make_merger(refine=4, mixtures=64, start="member")
+    inputs, aligned, report = case.inputs if given else None, align(case), {}
+    members, perm = in_canonical_order(aligned, case.layout)
+    watched = case.inputs if given else merger.probes.for_members(members, case.layout)
+    shown = filled_up(watched, case.layout, 64)
+    _, trust = merger(members, case.layout, shown)
+    start, numbers = nearest_members(members, answers_of(members, case.layout, shown), trust)
+    expected = refine(start, members, case.layout, shown, trust, steps=4)
+    found = fuse(merger, aligned, case.layout, inputs, report=report)
+    assert furthest(found, case.layout.spec.unpermute(expected, perm)) < 1e-6
+    assert furthest(expected, start) > 1e-4
+    assert report["started_from"] == int(member_order(aligned)[0][numbers[0]])
+    assert "validation families preferred it" in report["note"]
+    # without steps it is the merger itself, and nothing is started from a member
+    report = {}
+    none = fuse(merger, aligned, case.layout, inputs, steps=0, report=report)
+    assert furthest(none, fuse(make_merger(mixtures=64), aligned, case.layout, inputs)) == 0
+    assert "started_from" not in report
+
+
+def test_inputs_beside_probes_start_from_a_member_as_well(mlp_case, make_merger):
+    merger, report = make_merger(refine=4, start="member"), {}
+    one = {key: tensor[:1] for key, tensor in align(mlp_case).items()}
+    found = fuse_beside(merger, one, mlp_case.layout, mlp_case.inputs, report=report)
+    plain = fuse_beside(make_merger(refine=4), one, mlp_case.layout, mlp_case.inputs)
+    assert 0 <= report["started_from"] < 4
+    assert furthest(found, plain) > 1e-4
+
+
+# ---------------------------------------------------------------------------- a few at a time
 
 
 def test_families_are_merged_a_few_at_a_time_where_their_maps_are_many(

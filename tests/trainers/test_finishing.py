@@ -10,7 +10,9 @@ from metamerge.mergers import GNNConfig, GNNMerger
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.watching import told_apart
 from trainers import finishing
-from trainers.finishing import FILL, REFINING, chosen, familiarity, settle
+from trainers.finishing import FILL, REFINING, Way, chosen, familiarity, settle
+
+FUSED = [way for way in REFINING if way.start == "fused"]
 
 
 @pytest.mark.parametrize(
@@ -28,42 +30,66 @@ from trainers.finishing import FILL, REFINING, chosen, familiarity, settle
 def test_the_least_refining_is_chosen_that_is_as_good_by_hand(plain, mixed, expected):
     """Of three families: gains of mixtures are two points on each side of their mean."""
     spread = torch.tensor([-0.02, 0.0, 0.02], dtype=torch.float64)
-    found = {c: s + spread * bool(c[1]) for c, s in zip(REFINING, plain + mixed, strict=True)}
-    assert chosen(found) == expected
+    found = {w: s + spread * bool(w.mixtures) for w, s in zip(FUSED, plain + mixed, strict=True)}
+    worse = torch.full((3,), 0.7).double()
+    assert chosen({way: found.get(way, worse) for way in REFINING}) == Way(*expected)
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.0009, (0, 0)), (0.0011, (0, FILL))])
 def test_mixtures_have_to_be_worth_their_time(gain, expected):
     """Every family gains as much, so the error is 0."""
-    found = {c: torch.full((3,), 0.5 + gain * bool(c[1])).double() for c in REFINING}
-    assert chosen(found) == expected
+    found = {w: torch.full((3,), 0.5 + gain * bool(w.mixtures)).double() for w in REFINING}
+    assert chosen(found) == Way(*expected)
 
 
 def test_one_family_alone_is_no_reason_for_mixtures():
-    found = {choice: torch.tensor([0.5 + 0.4 * bool(choice[1])]) for choice in REFINING}
-    assert chosen(found) == (0, 0)
+    found = {way: torch.tensor([0.5 + 0.4 * bool(way.mixtures)]) for way in REFINING}
+    assert chosen(found) == Way(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("short", "mixed", "expected"),
+    [
+        ((0.9, 0.9, 0.9), (0.9, 0.9, 0.9), Way(100, 0)),  # as good as the fused network
+        ((0.9009, 0.9009, 0.9009), (0.9, 0.9, 0.9), Way(100, 0)),  # not worth it
+        ((0.89, 0.9, 0.92), (0.9, 0.9, 0.9), Way(100, 0)),  # by 0.0033, and the error is 0.0088
+        ((0.91, 0.92, 0.93), (0.9, 0.9, 0.9), Way(100, 0, "member")),
+        ((0.91, 0.92, 0.93), (0.92, 0.93, 0.94), Way(100, FILL, "member")),
+        ((0.7, 0.7, 0.7), (0.92, 0.93, 0.94), Way(100, FILL, "member")),
+    ],
+)
+def test_a_member_is_the_start_where_it_clearly_gains(short, mixed, expected):
+    """A fused network has 0.9 after 100 steps, in all three families."""
+    found = {way: torch.full((3,), 0.9 if way.steps else 0.8).double() for way in FUSED}
+    for way in set(REFINING) - set(FUSED):
+        found[way] = torch.tensor(mixed if way.mixtures else short).double()
+    assert chosen(found) == expected
 
 
 @pytest.mark.parametrize(
     ("harmful", "expected"),
     [
-        ((), (200, FILL)),
-        (((200, FILL),), (100, 0)),
-        (((100, 0), (200, FILL)), (0, 0)),
-        (((0, 0), (100, 0), (200, FILL)), (0, 0)),
+        ((), Way(400, FILL, "member")),
+        ((Way(400, FILL, "member"),), Way(200, FILL)),
+        ((Way(400, FILL, "member"), Way(200, FILL)), Way(100, 0)),
+        ((Way(400, FILL, "member"), Way(200, FILL), Way(100, 0)), Way(0, 0)),
+        ((Way(400, FILL, "member"), Way(200, FILL), Way(100, 0), Way(0, 0)), Way(0, 0)),
     ],
 )
 def test_refining_that_breaks_a_gate_is_not_chosen(monkeypatch, harmful, expected):
+    def way_of(config):
+        return Way(config.refine, config.mixtures, config.start)
+
     def gates_of(merger, group):
-        way = (merger.config.refine, merger.config.mixtures)
-        return [Gate("poisoned_member", 0.03 if way in harmful else 0.01, 0.02)]
+        broken = way_of(merger.config) in harmful
+        return [Gate("poisoned_member", 0.03 if broken else 0.01, 0.02)]
 
     monkeypatch.setattr(finishing, "gates_of", gates_of)
-    best = {(100, 0): 0.9, (200, FILL): 0.95}
-    refined = {choice: torch.full((3,), best.get(choice, 0.8)).double() for choice in REFINING}
+    best = {Way(100, 0): 0.9, Way(200, FILL): 0.95, Way(400, FILL, "member"): 0.97}
+    refined = {way: torch.full((3,), best.get(way, 0.8)).double() for way in REFINING}
     merger = SimpleNamespace(config=GNNConfig())
     found, gates = settle(merger, refined, [SimpleNamespace(name="k3")])
-    assert found == (merger.config.refine, merger.config.mixtures) == expected
+    assert found == way_of(merger.config) == expected
     assert gates["k3"][0].passed == (expected not in harmful)
 
 

@@ -19,7 +19,7 @@ from metamerge.errors import ConfigError
 from metamerge.mergers import fuse, load_merger, read_card
 from metamerge.mergers.watching import told_apart
 from metamerge.weights import stack
-from trainers.finishing import ENOUGH, REFINING
+from trainers.finishing import ENOUGH, REFINING, Way
 from trainers.merger import MergerOptions, fingerprint, main
 from trainers.resume import load_state
 from zoo.build import ZooOptions, build, split_of
@@ -179,17 +179,17 @@ def test_the_card_says_where_a_merger_comes_from(trained, zoo):
 
 def test_the_steps_of_refining_are_those_that_validation_families_chose(trained):
     told = trained.card["refining"]
-    refining = {(row["steps"], row["mixtures"]): row["accuracy"] for row in told}
+    refining = {Way(row["steps"], row["mixtures"], row["start"]): row["accuracy"] for row in told}
     assert tuple(refining) == REFINING
     # Without refining it is the merger that the loop judged.
     found = trained.card["validation"]["validation_accuracy"]
-    assert refining[0, 0] == pytest.approx(found, abs=1e-6)
+    assert refining[Way(0, 0)] == pytest.approx(found, abs=1e-6)
     config = load_merger(trained.folder).config
-    choice = (config.refine, config.mixtures)
-    alike = {c: score for c, score in refining.items() if c[1] == config.mixtures}
-    assert choice == min(c for c, score in alike.items() if score >= max(alike.values()) - ENOUGH)
-    words = f"{refining[choice]:.3f} after {config.refine} steps of refining"
-    assert words + " on mixtures" * bool(config.mixtures) in " ".join(trained.out.split())
+    choice = Way(config.refine, config.mixtures, config.start)
+    alike = {way: score for way, score in refining.items() if way[1:] == choice[1:]}
+    best = max(alike.values())
+    assert choice == min(way for way, score in alike.items() if score >= best - ENOUGH)
+    assert f"{refining[choice]:.3f} after {choice}, " in " ".join(trained.out.split())
 
 
 def test_what_is_familiar_is_less_than_any_validation_family_tells_apart(trained, zoo):
@@ -206,7 +206,10 @@ def test_what_is_familiar_is_less_than_any_validation_family_tells_apart(trained
 
 def test_whether_inputs_are_of_use_is_what_validation_families_say(trained, zoo):
     merger, found = load_merger(trained.folder), []
-    told = {(row["steps"], row["mixtures"]): row["accuracy"] for row in trained.card["refining"]}
+    told = {
+        Way(row["steps"], row["mixtures"], row["start"]): row["accuracy"]
+        for row in trained.card["refining"]
+    }
     split = split_of(zoo)
     images, classes = split.images("validation")
     shown = torch.cat([split.images("objective")[0], merger.probes((1, 8, 8)).detach()])
@@ -218,7 +221,8 @@ def test_whether_inputs_are_of_use_is_what_validation_families_say(trained, zoo)
         found += (named == classes).float().mean(1).tolist()
     accuracy = sum(found) / len(found)
     assert trained.card["inputs"]["accuracy"] == pytest.approx(accuracy, abs=1e-3)
-    useful = accuracy > told[merger.config.refine, merger.config.mixtures] - 0.005
+    config = merger.config
+    useful = accuracy > told[Way(config.refine, config.mixtures, config.start)] - 0.005
     assert merger.config.inputs == trained.card["inputs"]["useful"] == useful
 
 
