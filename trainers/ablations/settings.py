@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.suites import FASHION, SKEWED
+from evaluation.suites import FASHION, MNIST_MIXED, SKEWED
 from zoo.recipe import ZooOptions
 
 
@@ -50,5 +50,11 @@ SETTINGS = {
             test_families=16,
         ),
         {**_SHORT, "families": 4, "images": 192, "steps": 90, "eval_every": 45},
+    ),
+    "mnist-cnn": Setting(
+        "MNIST, CNN 8-16, Dirichlet 0.3 to 3, 1,500 images per segment, class names permuted per "
+        "family, K=2 and 4",
+        MNIST_MIXED[-1],
+        {**_SHORT, "families": 8, "images": 192, "steps": 120, "eval_every": 60},
     ),
 }
