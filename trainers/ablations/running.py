@@ -43,7 +43,7 @@ class AblationOptions:
     """Leave out every part of a merger in turn, and see what it earns."""
 
     out: str = "runs/ablations"  # folder of rows, table and picture
-    settings: tuple[str, ...] = tuple(SETTINGS)  # digits, fashion-skewed, and with -cnn, mnist-cnn
+    settings: tuple[str, ...] = tuple(SETTINGS)  # digits, fashion-skewed(-cnn), mnist-cnn
     parts: tuple[str, ...] = ()  # parts to leave out; all if not given
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of inits and batches
 
