@@ -94,10 +94,10 @@ def measure(options: BenchmarkOptions) -> None:
             way += f", parts of a step: {parts}" if options.parts != (1,) else ""
             found[way] = measured(options, device, processes, threads, parts)
             for count, rate in found[way].rates.items():
-                console.print(f"{count} families per step: {rate:.1f} sets/s ({way})")
+                console.print(f"{count} families per step: {rate:.3g} sets/s ({way})")
             console.print(f"{found[way].gigabytes:.2f} GB of memory at most ({way})")
     most = max(options.families)
-    final = {way: round(own.rates[most], 1) for way, own in found.items() if most in own.rates}
+    final = {way: round(own.rates[most], 2) for way, own in found.items() if most in own.rates}
     best = max(final, key=final.get)
     print(
         json.dumps(
