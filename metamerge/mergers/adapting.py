@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metamerge.calibration import check_fit, check_logits, divergence, predict
 from metamerge.mergers.gate import answers_of, consensus
 from metamerge.mergers.ordering import in_canonical_order
-from metamerge.mergers.refining import descend, fuse_on, nearest_members, refine
+from metamerge.mergers.refining import descend, fuse_on, refine, start_of
 from metamerge.mergers.watching import watched_inputs
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
@@ -144,11 +144,10 @@ def _starts(
     (watched,) = watched_inputs(merger, members, layout)
     starts = {"weights only": fuse_on(merger, members, layout, watched)}
     fused, trust = merger(members, layout, inputs)
-    steps, answers = merger.config.refine, answers_of(members, layout, inputs)
-    if merger.config.start == "member":
-        fused, _ = nearest_members(members, answers, trust)
-    told = {"steps": steps, "answers": answers}
-    starts["calibrated"] = refine(fused, members, layout, inputs, trust, **told)
+    answers = answers_of(members, layout, inputs)
+    start, _ = start_of(merger, fused, members, answers, trust)
+    told = {"steps": merger.config.refine, "answers": answers}
+    starts["calibrated"] = refine(start, members, layout, inputs, trust, **told)
     return starts, torch.cat([watched.inputs, inputs]), trust
 
 

@@ -172,12 +172,32 @@ def fuse_on(
     if not steps:
         return fused
     shown, answers = shown.detach(), answers_of(members, layout, shown).detach()
-    start = fused if watched.kept is None else kept
-    if watched.kept is None and merger.config.start == "member":
-        start, numbers = nearest_members(members, answers, trust)
-        if begun is not None:
-            begun.append(numbers)
+    if watched.kept is not None:
+        return refine(kept, members, layout, shown, trust, steps=steps, answers=answers)
+    start, numbers = start_of(merger, fused, members, answers, trust)
+    if begun is not None and numbers is not None:
+        begun.append(numbers)
     return refine(start, members, layout, shown, trust, steps=steps, answers=answers)
+
+
+def start_of(
+    merger: nn.Module, fused: Weights, members: Weights, answers: Tensor, trust: Tensor
+) -> tuple[Weights, Tensor | None]:
+    """What refining starts from, as its ``config`` says.
+
+    Args:
+        merger: A trained merger.
+        fused: What it has fused, ``[f, ...]``.
+        members: Aligned members, ``[f, m, ...]``.
+        answers: Their logits, ``[f, m, b, c]``.
+        trust: What the gate read of them, ``[f, m, c, TOLD]``.
+
+    Returns:
+        Weights ``[f, ...]``, and numbers of the members that they are, ``[f]``, if they are any.
+    """
+    if merger.config.start == "fused":
+        return fused, None
+    return nearest_members(members, answers, trust)
 
 
 def nearest_members(members: Weights, answers: Tensor, trust: Tensor) -> tuple[Weights, Tensor]:
@@ -192,8 +212,7 @@ def nearest_members(members: Weights, answers: Tensor, trust: Tensor) -> tuple[W
         Their weights ``[f, ...]`` and numbers ``[f]``.
     """
     wanted = consensus(trust, answers).softmax(-1)  # [f, b, c]
-    apart = torch.stack([divergence(own, wanted) for own in answers.unbind(1)], 1)  # [f, m]
-    numbers = apart.argmin(1)
+    numbers = divergence(answers, wanted[:, None]).argmin(1)
     rows = torch.arange(len(numbers), device=numbers.device)
     return {key: tensor[rows, numbers] for key, tensor in members.items()}, numbers
 
