@@ -212,7 +212,7 @@ def test_marks_of_several_settings_stand_side_by_side():
     ]
     (axes,) = ablations_figure(entries).axes
     heights = [bars.lines[0].get_ydata() for bars in axes.containers]
-    assert len(heights) == len(SETTINGS) == 3
+    assert len(heights) == len(SETTINGS) == 4
     assert [sum(own) / 3 for own in zip(*heights, strict=True)] == pytest.approx([0, 1])
     assert all(len({round(h, 3) for h in own}) == 3 for own in zip(*heights, strict=True))
 
