@@ -212,9 +212,10 @@ def test_marks_of_several_settings_stand_side_by_side():
     ]
     (axes,) = ablations_figure(entries).axes
     heights = [bars.lines[0].get_ydata() for bars in axes.containers]
-    assert len(heights) == len(SETTINGS) == 4
-    assert [sum(own) / 3 for own in zip(*heights, strict=True)] == pytest.approx([0, 1])
-    assert all(len({round(h, 3) for h in own}) == 3 for own in zip(*heights, strict=True))
+    several = len(SETTINGS)
+    assert len(heights) == several > 2
+    assert [sum(own) / several for own in zip(*heights, strict=True)] == pytest.approx([0, 1])
+    assert all(len({round(h, 3) for h in own}) == several for own in zip(*heights, strict=True))
 
 
 def test_unaligned_families_are_those_of_the_zoo(small):
