@@ -183,10 +183,11 @@ def take_steps(
         clock = time.perf_counter()
         optimizer.zero_grad()
         for rows in torch.arange(count).tensor_split(min(parts, count)):
-            some = {key: tensor[rows] for key, tensor in families.items()}
-            apart = processes > 1 and rows[-1] + 1 < count  # averaged with the last part
-            with step.no_sync() if apart else nullcontext():
-                loss = step(some, answers[rows], images, targets[rows])
+            own = slice(int(rows[0]), int(rows[-1]) + 1)
+            some = {key: tensor[own] for key, tensor in families.items()}
+            last = own.stop == count  # with it processes average their gradients
+            with nullcontext() if last or processes == 1 else step.no_sync():
+                loss = step(some, answers[own], images, targets[own])
                 (loss * len(rows) / count).backward()
         optimizer.step()
         settle(device)
