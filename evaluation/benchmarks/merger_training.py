@@ -20,7 +20,7 @@ import resource
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from metamerge.mergers import GNNConfig, GNNMerger, consensus
+from metamerge.options import check_count
 from metamerge.structure import Layout, discover_program, run
 from metamerge.weights import Weights
 from zoo import architectures
@@ -54,6 +55,17 @@ class BenchmarkOptions:
     repeats: int = 3  # steps of each size, after one that does not count; the fastest counts
     processes: tuple[int, ...] = (1, 2)  # ways to share out the cores of a CPU
     parts: tuple[int, ...] = (1,)  # parts in which a process takes the gradients of a step
+
+    def __post_init__(self) -> None:
+        """Refuse numbers of which there is nothing to measure.
+
+        Raises:
+            ConfigError: Naming the option.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                check_count("merger_training", field.name, number, 1)
 
 
 class Measured(NamedTuple):

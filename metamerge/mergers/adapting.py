@@ -28,7 +28,7 @@ RATES = (1e-3, 3e-3)
 WAYS = (0.5, 1.0)  # how far to go from the start to what fine-tuning makes of it
 FOLDS = 4
 MANY = 1000  # inputs from which on one fold is enough to choose by
-PASSES = 32  # over the inputs: the half way back is worth most after many
+PASSES = 32  # over the inputs: six left half a point and more of 5,000 labels unused
 STEPS = (100, 1000)  # at least and at most: hundreds of passes over few inputs do harm
 HELD = 500  # inputs from which on the anchor counts for less
 BATCH = 128
@@ -142,7 +142,7 @@ def _starts(
 ) -> tuple[dict[str, Weights], Tensor, Tensor]:
     """Networks to start from, the inputs that hold them, and whom to trust there."""
     (watched,) = watched_inputs(merger, members, layout)
-    starts = {"weights only": fuse_on(merger, members, layout, watched)}
+    starts = {"weights only": fuse_on(merger, members, layout, watched).weights}
     fused, trust = merger(members, layout, inputs)
     answers = answers_of(members, layout, inputs)
     start, _ = start_of(merger, fused, members, answers, trust)

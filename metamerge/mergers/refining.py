@@ -8,7 +8,7 @@ them can stand beside them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,19 @@ FROM_MEMBER = (
 )
 COULD_LEARN = SAME_VOTES + "is kept as it is. With steps (refine=) it learns the soft vote of all."
 AGREED = 1e-6  # divergence below which there is nothing to refine
+
+
+class Refined(NamedTuple):
+    """What became of some families.
+
+    Attributes:
+        weights: ``[f, ...]``.
+        members: Numbers of the members that refining started from, ``[f]``; None where it started
+            from fused networks, or did not start.
+    """
+
+    weights: Weights
+    members: Tensor | None = None
 
 
 def fuse(
@@ -83,17 +96,15 @@ def fuse(
         check_fit(layout.program, inputs)
         every = torch.arange(len(next(iter(members.values()))))
         watched = [Watched(every, inputs, f"{len(inputs)} inputs")]
-    parts: list[Weights] = []
-    begun: list[Tensor] = []
+    parts = []
     for each in watched:
         for families in each.families.split(_at_once(merger, members, layout, each.inputs)):
             own = {key: tensor[families.to(tensor.device)] for key, tensor in members.items()}
-            first = None if parts else begun
-            parts.append(fuse_on(merger, own, layout, each, steps=steps, begun=first))
+            parts.append(fuse_on(merger, own, layout, each, steps=steps))
     if report is not None:
-        _tell_start(begun, int(watched[0].families[0]), given, report)
+        _tell_start(parts[0], int(watched[0].families[0]), given, report)
     back = torch.cat([each.families for each in watched]).argsort()
-    joined = {key: torch.cat([part[key] for part in parts]) for key in members}
+    joined = {key: torch.cat([part.weights[key] for part in parts]) for key in members}
     fused = {key: tensor[back.to(tensor.device)] for key, tensor in joined.items()}
     return layout.spec.unpermute(fused, perm)
 
@@ -128,12 +139,11 @@ def fuse_beside(
     ordered, perm = in_canonical_order(members, layout)
     watched = watched_beside(merger, ordered, layout, inputs)
     steps = _enough(merger, watched) if steps is None else steps
-    begun: list[Tensor] = []
-    fused = fuse_on(merger, ordered, layout, watched, steps=steps, begun=begun)
+    fused = fuse_on(merger, ordered, layout, watched, steps=steps)
     if report is not None:
         _tell(watched, members, report, learns=watched.voters is not None and steps > 0)
-        _tell_start(begun, 0, members, report)
-    return layout.spec.unpermute(fused, perm)
+        _tell_start(fused, 0, members, report)
+    return layout.spec.unpermute(fused.weights, perm)
 
 
 def fuse_on(
@@ -143,8 +153,7 @@ def fuse_on(
     watched: Watched,
     *,
     steps: int | None = None,
-    begun: list[Tensor] | None = None,
-) -> Weights:
+) -> Refined:
     """Merge and refine families that are watched on the same inputs, or take one of their members.
 
     Args:
@@ -154,30 +163,29 @@ def fuse_on(
         watched: What they are watched on, and which member is to be kept or to learn from others.
         steps: Steps of refining; None for as many as proved best when the merger was trained, at
             least ``ALONE`` on inputs that stand alone, and none where a member is to be kept.
-        begun: Takes the numbers of the members that refining starts from, ``[f]``, if it does.
 
     Returns:
-        Weights ``[f, ...]``, with units in the order of the members.
+        Weights, with units in the order of the members, and which of these they were.
     """
     steps = _enough(merger, watched) if steps is None else steps
     if watched.kept is not None:
         kept = {key: tensor[:, watched.kept] for key, tensor in members.items()}
         if not steps:
-            return kept
+            return Refined(kept)
     shown = filled_up(watched.inputs, layout, merger.config.mixtures)
     if watched.voters is not None:
         voters = {key: tensor[:, watched.voters] for key, tensor in members.items()}
-        return refine(kept, voters, layout, shown, None, steps=steps)
+        return Refined(refine(kept, voters, layout, shown, None, steps=steps))
     fused, trust = merger(members, layout, shown)
     if not steps:
-        return fused
+        return Refined(fused)
     shown, answers = shown.detach(), answers_of(members, layout, shown).detach()
-    if watched.kept is not None:
-        return refine(kept, members, layout, shown, trust, steps=steps, answers=answers)
-    start, numbers = start_of(merger, fused, members, answers, trust)
-    if begun is not None and numbers is not None:
-        begun.append(numbers)
-    return refine(start, members, layout, shown, trust, steps=steps, answers=answers)
+    if watched.kept is None:
+        start, numbers = start_of(merger, fused, members, answers, trust)
+    else:
+        start, numbers = kept, None
+    told = {"steps": steps, "answers": answers}
+    return Refined(refine(start, members, layout, shown, trust, **told), numbers)
 
 
 def start_of(
@@ -341,11 +349,11 @@ def _tell(
         report["note"] = LEARNS if learns else unlearned
 
 
-def _tell_start(begun: list[Tensor], family: int, members: Weights, report: dict[str, Any]) -> None:
-    """Say which member of a family refining began with, by the number that it came with."""
-    if begun:
+def _tell_start(made: Refined, family: int, members: Weights, report: dict[str, Any]) -> None:
+    """Say which member of its first family refining began with, by the number that it came with."""
+    if made.members is not None:
         order = member_order(members)[family]
-        report |= {"started_from": int(order[int(begun[0][0])]), "note": FROM_MEMBER}
+        report |= {"started_from": int(order[int(made.members[0])]), "note": FROM_MEMBER}
 
 
 def _typical(grad: Tensor) -> Tensor:

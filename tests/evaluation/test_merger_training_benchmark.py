@@ -1,6 +1,9 @@
 """Processes share the families of a step in the benchmark of training mergers."""
 
+import pytest
+
 from evaluation.benchmarks.merger_training import BenchmarkOptions, measured
+from metamerge.errors import ConfigError
 
 
 def test_only_steps_that_every_process_has_a_part_of_are_measured():
@@ -16,3 +19,9 @@ def test_parts_of_a_step_take_less_memory():
     options = BenchmarkOptions(families=(8,), **sizes)
     whole, parts = (measured(options, "cpu", 1, 1, parts=count).gigabytes for count in (1, 8))
     assert parts < 0.7 * whole
+
+
+@pytest.mark.parametrize("wrong", [{"parts": (2, 0)}, {"repeats": 0}, {"channels": (8, -1)}])
+def test_numbers_of_which_there_is_nothing_to_measure_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be a whole number"):
+        BenchmarkOptions(**wrong)
