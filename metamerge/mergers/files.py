@@ -113,10 +113,9 @@ def read_kind(folder: str | os.PathLike[str]) -> str:
 def _blank(configuration: type, made: type, stored: Mapping[str, Any]) -> Merger:
     """A merger of a stored configuration; its init is drawn only to be replaced."""
     known = {field.name for field in fields(configuration)}
-    if not known - LATER <= stored.keys() <= known:
-        raise ValueError(
-            f"unknown: {sorted(stored.keys() - known)}, missing: {sorted(known - stored.keys())}"
-        )
+    unknown, missing = stored.keys() - known, known - LATER - stored.keys()
+    if unknown or missing:
+        raise ValueError(f"unknown: {sorted(unknown)}, missing: {sorted(missing)}")
     config = configuration(**{name: _as_tuples(value) for name, value in stored.items()})
     with torch.random.fork_rng(devices=[]):
         return made(config)
