@@ -16,7 +16,6 @@ maps of all members on all probes are too many.
 
 import json
 import os
-import resource
 import tempfile
 import time
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from evaluation.benchmarks.memory import peak
 from metamerge.mergers import GNNConfig, GNNMerger, consensus
 from metamerge.options import check_count
 from metamerge.structure import Layout, discover_program, run
@@ -211,15 +211,9 @@ def take_steps(
             seconds(count // processes)
             rates[count] = count / min(seconds(count // processes) for _ in range(options.repeats))
     if rank == 0:
-        (Path(folder) / "measured.json").write_text(json.dumps([rates, peak(device)]))
+        taken = torch.cuda.max_memory_allocated() if device == "cuda" else peak()
+        (Path(folder) / "measured.json").write_text(json.dumps([rates, taken / 1e9]))
     distributed.destroy_process_group()
-
-
-def peak(device: str) -> float:
-    """Gigabytes that this process has taken at most."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def settle(device: str) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from evaluation.benchmarks import architectures
 from evaluation.benchmarks.architectures import OWN, TRANSFORMERS, Sample
+from evaluation.benchmarks.memory import peak
 from metamerge.alignment.weight_matching import weight_matching
 from metamerge.errors import StructureError
 from metamerge.structure import PermutationSpec, discover
@@ -246,25 +247,19 @@ def _measure(name: str) -> None:
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is counted anew
-    before = _peak()
+    before = peak()
     clock = time.perf_counter()
     spec = discover(model, inputs)
     seconds = time.perf_counter() - clock
-    peak = _peak() - before + size
+    most = peak() - before + size
     result = {
         "groups": len(spec.groups),
         "free": spec.free_share,
         "seconds": round(seconds, 2),
         "model_mb": round(size / 2**20),
-        "peak_over_model": round(peak / size, 2),
+        "peak_over_model": round(most / size, 2),
     }
     print(json.dumps(result))
-
-
-def _peak() -> int:
-    """Largest resident memory of this process since it was last reset, in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

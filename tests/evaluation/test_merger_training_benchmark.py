@@ -1,7 +1,12 @@
 """Processes share the families of a step in the benchmark of training mergers."""
 
-import pytest
+import subprocess
+import sys
 
+import pytest
+import torch
+
+from evaluation.benchmarks.memory import peak
 from evaluation.benchmarks.merger_training import BenchmarkOptions, measured
 from metamerge.errors import ConfigError
 
@@ -25,3 +30,11 @@ def test_parts_of_a_step_take_less_memory():
 def test_numbers_of_which_there_is_nothing_to_measure_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be a whole number"):
         BenchmarkOptions(**wrong)
+
+
+def test_memory_of_a_process_is_its_own_whatever_its_parent_holds():
+    held = torch.ones(2**27)  # 512 MiB
+    code = "from evaluation.benchmarks.memory import peak; bytearray(2**26); print(peak())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout) < 2**28
+    assert peak() > held.nbytes
