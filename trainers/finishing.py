@@ -42,8 +42,11 @@ REFINING = (  # what validation families choose from
     *(Way(steps, FILL) for steps in (0, 100, 200, 400)),
     *(Way(*told, "member") for told in ((100, 0), (100, FILL), (400, FILL))),
 )
+LONG = Way(1000, 0)  # is tried where the most steps on nothing but probes are better than fewer
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
-WORTH = 1e-3  # accuracy that mixtures, which take twice as long, and members have to add
+WORTH = (
+    1e-3  # accuracy that mixtures and many steps, which take their time, and members have to add
+)
 STRANGE = 0.85  # of what its validation families tell apart is too little for a merger's probes
 SHOWN = 500  # inputs, at most, that are tried beside the probes
 HARM = 5e-3  # accuracy that they have to cost to be left out: networks at hand may need them more
@@ -75,7 +78,9 @@ def finish(
     merger = best.merger
     merger.load_state_dict(best.weights)
     merger.eval()
-    refined = try_refining(merger, data.validation, goal)
+    refined = try_refining(merger, data.validation, goal, REFINING)
+    if promising(refined):
+        refined |= try_refining(merger, data.validation, goal, (LONG,))
     least = familiarity(merger, data.validation)
     merger.config = replace(merger.config, familiar=least)
     way, gates = settle(merger, refined, data.validation)
@@ -125,29 +130,32 @@ def finish(
 
 
 @torch.no_grad()
-def try_refining(merger: Merger, groups: Sequence[Families], goal: Goal) -> dict[Way, Tensor]:
-    """Refine merged validation families in every way of ``REFINING``.
+def try_refining(
+    merger: Merger, groups: Sequence[Families], goal: Goal, ways: Sequence[Way]
+) -> dict[Way, Tensor]:
+    """Refine merged validation families in several ways.
 
     Args:
         merger: The merger.
         groups: Validation families.
         goal: What they are judged by.
+        ways: How.
 
     Returns:
         Way -> accuracy of every family, ``[f]``, in float64.
     """
-    found: dict[Way, list[Tensor]] = {way: [] for way in REFINING}
+    found: dict[Way, list[Tensor]] = {way: [] for way in ways}
     for group in groups:
         (wanted, _), layout, probes = judged(group, goal), group.layout, _probes(merger, group)
         for rows in torch.arange(len(group)).split(max(1, goal.at_once // 4)):  # inputs are many
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            for fill in dict.fromkeys(way.mixtures for way in REFINING):
+            for fill in dict.fromkeys(way.mixtures for way in ways):
                 shown = filled_up(probes, layout, fill)
                 fused, trust = merger(members, layout, shown)
                 answers = answers_of(members, layout, shown)
                 starts = {"fused": fused, "member": nearest_members(members, answers, trust)[0]}
                 given = (members, layout, shown, trust)
-                for way in [way for way in REFINING if way.mixtures == fill]:
+                for way in [way for way in ways if way.mixtures == fill]:
                     told = {"steps": way.steps, "answers": answers}
                     begun = starts[way.start]
                     refined = refine(begun, *given, **told) if way.steps else begun
@@ -178,13 +186,26 @@ def try_inputs(merger: Merger, data: Data, goal: Goal) -> Tensor:
     return torch.cat(scores).double().cpu()
 
 
-def chosen(refined: Mapping[Way, Tensor]) -> Way:
-    """Choose how to refine: in few steps, on mixtures and from members where these clearly gain.
+def promising(refined: Mapping[Way, Tensor]) -> bool:
+    """Whether many steps on nothing but probes might gain: the most of ``REFINING`` are best.
 
-    A merge takes longer with mixtures, and a fused network, which owes something to all members, is
-    the start unless a member is better. Gains have to exceed their standard error over families
-    (the one-SE rule of Breiman, Friedman, Olshen, Stone, "Classification and Regression Trees",
-    1984).
+    Args:
+        refined: What ``try_refining`` found.
+
+    Returns:
+        Whether to try ``LONG``.
+    """
+    plain = [way for way in REFINING if way[1:] == LONG[1:]]
+    return max(plain, key=lambda way: float(refined[way].mean())) == max(plain)
+
+
+def chosen(refined: Mapping[Way, Tensor]) -> Way:
+    """Choose how to refine: many steps, mixtures and members where these clearly gain.
+
+    A merge takes longer with many steps and with mixtures, and a fused network, which owes
+    something to all members, is the start unless a member is better. Gains have to exceed their
+    standard error over families (the one-SE rule of Breiman, Friedman, Olshen, Stone,
+    "Classification and Regression Trees", 1984).
 
     Args:
         refined: What ``try_refining`` found.
@@ -192,11 +213,9 @@ def chosen(refined: Mapping[Way, Tensor]) -> Way:
     Returns:
         The way.
     """
-    best = [
-        _better(*(_fewest(refined, fill, start) for fill in (0, FILL)), refined)
-        for start in ("fused", "member")
-    ]
-    return _better(*best, refined)
+    fused = _better(_plain(refined), _fewest(refined, FILL, "fused"), refined)
+    member = _better(*(_fewest(refined, fill, "member") for fill in (0, FILL)), refined)
+    return _better(fused, member, refined)
 
 
 def settle(
@@ -204,7 +223,7 @@ def settle(
 ) -> tuple[Way, dict[str, list[Gate]]]:
     """Set how a merger refines, and run its gates; what breaks one is not chosen.
 
-    Members go first, then mixtures, then refining altogether.
+    Members go first, then mixtures, then many steps, then refining altogether.
 
     Args:
         merger: The merger; its configuration is changed.
@@ -214,9 +233,9 @@ def settle(
     Returns:
         The way, and the gates of every group.
     """
-    plain = _fewest(refined, 0, "fused")
+    few, plain = _fewest(refined, 0, "fused"), _plain(refined)
     mixed = _better(plain, _fewest(refined, FILL, "fused"), refined)
-    for way in dict.fromkeys((chosen(refined), mixed, plain, REFINING[0])):
+    for way in dict.fromkeys((chosen(refined), mixed, plain, few, REFINING[0])):
         told = {"refine": way.steps, "mixtures": way.mixtures, "start": way.start}
         merger.config = replace(merger.config, **told)
         gates = {group.name: gates_of(merger, group) for group in groups}
@@ -233,13 +252,16 @@ def _better(one: Way, other: Way, refined: Mapping[Way, Tensor]) -> Way:
     return one
 
 
+def _plain(refined: Mapping[Way, Tensor]) -> Way:
+    """The best way from fused networks on nothing but probes."""
+    few = _fewest(refined, 0, "fused")
+    return _better(few, LONG, refined) if LONG in refined else few
+
+
 def _fewest(refined: Mapping[Way, Tensor], fill: int, start: str) -> Way:
-    """The fewest steps that are as good as any."""
-    means = {
-        way: float(scores.mean())
-        for way, scores in refined.items()
-        if (way.mixtures, way.start) == (fill, start)
-    }
+    """The fewest steps of ``REFINING`` that are as good as any."""
+    ways = [way for way in REFINING if way[1:] == (fill, start)]
+    means = {way: float(refined[way].mean()) for way in ways}
     return min(way for way, mean in means.items() if mean >= max(means.values()) - ENOUGH)
 
 

@@ -83,6 +83,7 @@ class MergerOptions:
     garbage: float = 0.25  # share of steps in which one member is noise
     calibrated: float = 0.2  # share of steps on objective images in place of probes
     lr: float = 3e-3  # learning rate of AdamW at the start; falls to zero over the steps
+    probe_rate: float = 3.0  # of pixels of probes, times lr; 0 leaves them the images they start as
     precision: str = "float32"  # of the fused networks' products in the loss, or bfloat16
     average: float = 0.95  # decay of the running average of parameters; 0 switches it off
     seed: int = 0  # seed of init and batches
@@ -110,6 +111,8 @@ class MergerOptions:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if self.prior and self.prior % 2 == 0:
             raise ConfigError(f"prior: expected 0 or an odd number, got {self.prior}.")
+        if not self.probe_rate >= 0:
+            raise ConfigError(f"probe_rate: expected 0 or more, got {self.probe_rate}.")
         for name in ("drop", "garbage", "calibrated", "average"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}.")
@@ -216,7 +219,9 @@ def fit(
             f"families: a step has {fewest} of a kind, one for each of {world} processes is needed."
         )
     states, mark = Path(f"{options.out}.state"), fingerprint(options, data.digests)
-    optimizer = torch.optim.AdamW(parameter_groups(merger, options.lr), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(merger, options.lr, options.probe_rate), weight_decay=0.0
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     if options.pretrain:
         pretrain(merger, data.training, options.pretrain, options.families, options.seed)
@@ -274,14 +279,14 @@ def fit(
 # small parts
 
 
-def parameter_groups(merger: Merger, lr: float) -> list[dict[str, Any]]:
-    """Single numbers (refit strength, ridge) learn fastest, then pixels of probes, then heads."""
+def parameter_groups(merger: Merger, lr: float, probe_rate: float) -> list[dict[str, Any]]:
+    """Single numbers (refit strength, ridge) learn fastest, pixels of probes at their own rate."""
     fast = [p for name, p in merger.named_parameters() if name in ("strength", "log_ridge")]
     probes = list(merger.probes.parameters())
     named = {id(p) for p in (*fast, *probes)}
     return [
         *([{"params": fast, "lr": 10 * lr}] if fast else []),
-        {"params": probes, "lr": 3 * lr},
+        {"params": probes, "lr": probe_rate * lr},
         {"params": [p for p in merger.parameters() if id(p) not in named], "lr": lr},
     ]
 

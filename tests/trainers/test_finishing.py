@@ -10,7 +10,16 @@ from metamerge.mergers import GNNConfig, GNNMerger
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.watching import told_apart
 from trainers import finishing
-from trainers.finishing import FILL, REFINING, Way, chosen, familiarity, settle
+from trainers.finishing import (
+    FILL,
+    LONG,
+    REFINING,
+    Way,
+    chosen,
+    familiarity,
+    promising,
+    settle,
+)
 
 FUSED = [way for way in REFINING if way.start == "fused"]
 
@@ -33,6 +42,36 @@ def test_the_least_refining_is_chosen_that_is_as_good_by_hand(plain, mixed, expe
     found = {w: s + spread * bool(w.mixtures) for w, s in zip(FUSED, plain + mixed, strict=True)}
     worse = torch.full((3,), 0.7).double()
     assert chosen({way: found.get(way, worse) for way in REFINING}) == Way(*expected)
+
+
+@pytest.mark.parametrize(
+    ("plain", "expected"),
+    [
+        ((0.90, 0.91, 0.92), True),
+        ((0.90, 0.89, 0.9001), True),  # a start is left before it is bettered
+        ((0.90, 0.92, 0.91), False),
+        ((0.90, 0.90, 0.90), False),
+    ],
+)
+def test_many_steps_are_tried_where_the_most_of_few_are_best(plain, expected):
+    found = {way: torch.full((3,), 0.99).double() for way in REFINING}
+    steps = [way for way in FUSED if not way.mixtures]
+    found |= {w: torch.full((3,), s).double() for w, s in zip(steps, plain, strict=True)}
+    assert promising(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ((0.0009, 0.0009, 0.0009), Way(100, 0)),  # not worth it
+        ((-0.01, 0.0, 0.02), Way(100, 0)),  # by 0.0033, and the error is 0.0088
+        ((0.0011, 0.0011, 0.0011), LONG),
+        ((0.01, 0.02, 0.03), LONG),
+    ],
+)
+def test_many_steps_have_to_be_worth_their_time(gains, expected):
+    found = {way: torch.full((3,), 0.9 if way.steps else 0.8).double() for way in REFINING}
+    assert chosen({**found, LONG: 0.9 + torch.tensor(gains).double()}) == expected
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.0009, (0, 0)), (0.0011, (0, FILL))])
@@ -71,9 +110,10 @@ def test_a_member_is_the_start_where_it_clearly_gains(short, mixed, expected):
     [
         ((), Way(400, FILL, "member")),
         ((Way(400, FILL, "member"),), Way(200, FILL)),
-        ((Way(400, FILL, "member"), Way(200, FILL)), Way(100, 0)),
-        ((Way(400, FILL, "member"), Way(200, FILL), Way(100, 0)), Way(0, 0)),
-        ((Way(400, FILL, "member"), Way(200, FILL), Way(100, 0), Way(0, 0)), Way(0, 0)),
+        ((Way(400, FILL, "member"), Way(200, FILL)), LONG),
+        ((Way(400, FILL, "member"), Way(200, FILL), LONG), Way(100, 0)),
+        ((Way(400, FILL, "member"), Way(200, FILL), LONG, Way(100, 0)), Way(0, 0)),
+        ((Way(400, FILL, "member"), Way(200, FILL), LONG, Way(100, 0), Way(0, 0)), Way(0, 0)),
     ],
 )
 def test_refining_that_breaks_a_gate_is_not_chosen(monkeypatch, harmful, expected):
@@ -85,8 +125,8 @@ def test_refining_that_breaks_a_gate_is_not_chosen(monkeypatch, harmful, expecte
         return [Gate("poisoned_member", 0.03 if broken else 0.01, 0.02)]
 
     monkeypatch.setattr(finishing, "gates_of", gates_of)
-    best = {Way(100, 0): 0.9, Way(200, FILL): 0.95, Way(400, FILL, "member"): 0.97}
-    refined = {way: torch.full((3,), best.get(way, 0.8)).double() for way in REFINING}
+    best = {Way(100, 0): 0.9, LONG: 0.92, Way(200, FILL): 0.95, Way(400, FILL, "member"): 0.97}
+    refined = {way: torch.full((3,), best.get(way, 0.8)).double() for way in (*REFINING, LONG)}
     merger = SimpleNamespace(config=GNNConfig())
     found, gates = settle(merger, refined, [SimpleNamespace(name="k3")])
     assert found == way_of(merger.config) == expected
