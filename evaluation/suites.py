@@ -217,7 +217,7 @@ MLP_MERGER = Training(
     (FASHION_MLP,),
     {
         **SMOOTH,
-        "probes": 2048,
+        "probes": 4096,
         "probe_rate": 0.3,  # faster probes fit better at once, but refining on them adds nothing
         "families": 8,
         "steps": 125,
@@ -298,7 +298,11 @@ MERGERS = (
         name="fashion-cnn",
         target="weights only: above the best member (84.2); 500 unlabelled: within 1 point of the "
         "ensemble (85.7)",
-        mergers=(Training((FASHION_CNN,), {**CNN_MERGER, "steps": 100}),),
+        mergers=(
+            Training(
+                (FASHION_CNN,), {**CNN_MERGER, "probes": 1024, "probe_rate": 0.3, "steps": 100}
+            ),
+        ),
         compare={"full": False, "adapt": False},  # on a CPU these take too long
         goals=(
             Goal("best member", members=8, over_data="labelled"),

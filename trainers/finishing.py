@@ -38,8 +38,8 @@ class Way(NamedTuple):
 
 
 REFINING = (  # what validation families choose from
-    *(Way(steps, 0) for steps in (0, 100, 200)),  # 25 are as good on their sizes, not on narrower
-    *(Way(steps, FILL) for steps in (0, 100, 200, 400)),
+    # 25 steps are as good on a merger's own sizes, and not on narrower ones
+    *(Way(steps, fill) for fill in (0, FILL) for steps in (0, 100, 200, 400)),
     *(Way(*told, "member") for told in ((100, 0), (100, FILL), (400, FILL))),
 )
 LONG = Way(1000, 0)  # is tried where the most steps on nothing but probes are better than fewer
@@ -149,6 +149,7 @@ def try_refining(
         (wanted, _), layout, probes = judged(group, goal), group.layout, _probes(merger, group)
         for rows in torch.arange(len(group)).split(max(1, goal.at_once // 4)):  # inputs are many
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
+            known: dict[tuple[int, int, str], Tensor] = {}  # many probes are mixed with none
             for fill in dict.fromkeys(way.mixtures for way in ways):
                 shown = filled_up(probes, layout, fill)
                 fused, trust = merger(members, layout, shown)
@@ -156,10 +157,13 @@ def try_refining(
                 starts = {"fused": fused, "member": nearest_members(members, answers, trust)[0]}
                 given = (members, layout, shown, trust)
                 for way in [way for way in ways if way.mixtures == fill]:
-                    told = {"steps": way.steps, "answers": answers}
-                    begun = starts[way.start]
-                    refined = refine(begun, *given, **told) if way.steps else begun
-                    found[way].append(score(refined, group, wanted[rows.to(wanted.device)]))
+                    same = (len(shown), way.steps, way.start)
+                    if same not in known:
+                        told = {"steps": way.steps, "answers": answers}
+                        begun = starts[way.start]
+                        refined = refine(begun, *given, **told) if way.steps else begun
+                        known[same] = score(refined, group, wanted[rows.to(wanted.device)])
+                    found[way].append(known[same])
     return {way: torch.cat(scores).double().cpu() for way, scores in found.items()}
 
 

@@ -27,13 +27,14 @@ FUSED = [way for way in REFINING if way.start == "fused"]
 @pytest.mark.parametrize(
     ("plain", "mixed", "expected"),
     [
-        ((0.90, 0.90, 0.90), (0.90, 0.90, 0.90, 0.90), (0, 0)),
+        ((0.90, 0.90, 0.90, 0.90), (0.90, 0.90, 0.90, 0.90), (0, 0)),
         # more steps add next to nothing
-        ((0.80, 0.90, 0.9004), (0.80, 0.85, 0.85, 0.85), (100, 0)),
+        ((0.80, 0.90, 0.9002, 0.9004), (0.80, 0.85, 0.85, 0.85), (100, 0)),
+        ((0.80, 0.90, 0.9002, 0.9006), (0.80, 0.85, 0.85, 0.85), (200, 0)),
         # by 0.011, and the error is 0.0115
-        ((0.80, 0.90, 0.80), (0.85, 0.85, 0.85, 0.911), (100, 0)),
-        ((0.80, 0.90, 0.80), (0.85, 0.85, 0.85, 0.912), (400, FILL)),
-        ((0.80, 0.90, 0.80), (0.85, 0.85, 0.9296, 0.93), (200, FILL)),
+        ((0.80, 0.90, 0.80, 0.80), (0.85, 0.85, 0.85, 0.911), (100, 0)),
+        ((0.80, 0.90, 0.80, 0.80), (0.85, 0.85, 0.85, 0.912), (400, FILL)),
+        ((0.80, 0.90, 0.80, 0.80), (0.85, 0.85, 0.9296, 0.93), (200, FILL)),
     ],
 )
 def test_the_least_refining_is_chosen_that_is_as_good_by_hand(plain, mixed, expected):
@@ -47,10 +48,10 @@ def test_the_least_refining_is_chosen_that_is_as_good_by_hand(plain, mixed, expe
 @pytest.mark.parametrize(
     ("plain", "expected"),
     [
-        ((0.90, 0.91, 0.92), True),
-        ((0.90, 0.89, 0.9001), True),  # a start is left before it is bettered
-        ((0.90, 0.92, 0.91), False),
-        ((0.90, 0.90, 0.90), False),
+        ((0.90, 0.91, 0.92, 0.93), True),
+        ((0.90, 0.89, 0.89, 0.9001), True),  # a start is left before it is bettered
+        ((0.90, 0.92, 0.93, 0.92), False),
+        ((0.90, 0.90, 0.90, 0.90), False),
     ],
 )
 def test_many_steps_are_tried_where_the_most_of_few_are_best(plain, expected):
