@@ -208,22 +208,14 @@ WITH_200 = {"row": "adapted", "data": "labelled:200"}
 
 # On images of 28 x 28; all steps are taken. Noise on objective images, which is the default, costs
 # more than it saves where a merger is for one kind of networks: validation families prefer none.
-SMOOTH = {"prior": 7, "target": 1.0, "garbage": 0.1}
+SMOOTH = {"prior": 7, "target": 1.0, "garbage": 0.1, "noise": 0.0}
 SKEWED_MERGER = Training(
     (FASHION_SKEWED,),
-    {**SMOOTH, "families": 12, "steps": 480, "images": 384, "eval_every": 40, "noise": 0.0},
+    {**SMOOTH, "families": 12, "steps": 480, "images": 384, "eval_every": 40},
 )
-MLP_MERGER = Training(
+MLP_MERGER = Training(  # faster probes fit better at once, but refining on them adds nothing
     (FASHION_MLP,),
-    {
-        **SMOOTH,
-        "probes": 4096,
-        "probe_rate": 0.3,  # faster probes fit better at once, but refining on them adds nothing
-        "families": 8,
-        "steps": 125,
-        "images": 256,
-        "noise": 0.0,
-    },
+    {**SMOOTH, "probes": 4096, "probe_rate": 0.3, "families": 8, "steps": 125, "images": 256},
 )
 CNN_MERGER = {
     "target": 1.0,

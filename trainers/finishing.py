@@ -44,9 +44,7 @@ REFINING = (  # what validation families choose from
 )
 LONG = Way(1000, 0)  # is tried where the most steps on nothing but probes are better than fewer
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
-WORTH = (
-    1e-3  # accuracy that mixtures and many steps, which take their time, and members have to add
-)
+WORTH = 1e-3  # accuracy that members, and mixtures and many steps, which take long, have to add
 STRANGE = 0.85  # of what its validation families tell apart is too little for a merger's probes
 SHOWN = 500  # inputs, at most, that are tried beside the probes
 HARM = 5e-3  # accuracy that they have to cost to be left out: networks at hand may need them more
@@ -147,23 +145,24 @@ def try_refining(
     found: dict[Way, list[Tensor]] = {way: [] for way in ways}
     for group in groups:
         (wanted, _), layout, probes = judged(group, goal), group.layout, _probes(merger, group)
+        banks = {fill: filled_up(probes, layout, fill) for fill in {way.mixtures for way in ways}}
         for rows in torch.arange(len(group)).split(max(1, goal.at_once // 4)):  # inputs are many
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            known: dict[tuple[int, int, str], Tensor] = {}  # many probes are mixed with none
-            for fill in dict.fromkeys(way.mixtures for way in ways):
-                shown = filled_up(probes, layout, fill)
+            own = wanted[rows.to(wanted.device)]
+            for size in sorted({len(bank) for bank in banks.values()}):  # many are mixed with none
+                alike = [way for way in ways if len(banks[way.mixtures]) == size]
+                shown = banks[alike[0].mixtures]
                 fused, trust = merger(members, layout, shown)
                 answers = answers_of(members, layout, shown)
                 starts = {"fused": fused, "member": nearest_members(members, answers, trust)[0]}
-                given = (members, layout, shown, trust)
-                for way in [way for way in ways if way.mixtures == fill]:
-                    same = (len(shown), way.steps, way.start)
-                    if same not in known:
-                        told = {"steps": way.steps, "answers": answers}
-                        begun = starts[way.start]
-                        refined = refine(begun, *given, **told) if way.steps else begun
-                        known[same] = score(refined, group, wanted[rows.to(wanted.device)])
-                    found[way].append(known[same])
+                scores = {}
+                for steps, start in {(way.steps, way.start) for way in alike}:
+                    made, told = starts[start], {"steps": steps, "answers": answers}
+                    if steps:
+                        made = refine(made, members, layout, shown, trust, **told)
+                    scores[steps, start] = score(made, group, own)
+                for way in alike:
+                    found[way].append(scores[way.steps, way.start])
     return {way: torch.cat(scores).double().cpu() for way, scores in found.items()}
 
 

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evaluation.benchmarks.memory import memory_of
 from evaluation.benchmarks.mergekit_environment import find_python
 from metamerge.errors import ConfigError
 from zoo.options import command
@@ -140,7 +141,7 @@ def observe(words: Sequence[str], out: Path | None = None) -> Run:
         process = subprocess.Popen(words, stdout=told, stderr=told)
         resident = anonymous = 0
         while True:
-            status = _status(process.pid)
+            status = memory_of(process.pid)
             resident = max(resident, status.get("VmHWM", 0))
             anonymous = max(anonymous, status.get("RssAnon", 0))
             ended, code, usage = os.wait4(process.pid, os.WNOHANG)
@@ -158,16 +159,6 @@ def observe(words: Sequence[str], out: Path | None = None) -> Run:
             os.fsync(file.fileno())
     syncing, working = time.perf_counter() - clock, usage.ru_utime + usage.ru_stime
     return Run(seconds, syncing, working, resident // 1024, anonymous // 1024)
-
-
-def _status(pid: int) -> dict[str, int]:
-    """KiB of memory, by the kernel's names; empty where there is no such file."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":") for line in lines if line.endswith("kB"))
-    return {name: int(value.split()[0]) for name, value in pairs}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
