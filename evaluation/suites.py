@@ -292,7 +292,8 @@ MERGERS = (
         "ensemble (85.7)",
         mergers=(
             Training(
-                (FASHION_CNN,), {**CNN_MERGER, "probes": 1024, "probe_rate": 0.3, "steps": 100}
+                (FASHION_CNN,),
+                {**CNN_MERGER, "probes": 1024, "spare": 3072, "probe_rate": 0.3, "steps": 100},
             ),
         ),
         compare={"full": False, "adapt": False},  # on a CPU these take too long

@@ -15,8 +15,8 @@ from metamerge.errors import MetaMergeError
 from metamerge.mergers import Merger, fuse, refine, save_merger
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.probes import filled_up
-from metamerge.mergers.refining import nearest_members
-from metamerge.mergers.watching import told_apart
+from metamerge.mergers.refining import fuse_on, nearest_members
+from metamerge.mergers.watching import Watched, told_apart, with_spare
 from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
@@ -145,6 +145,7 @@ def try_refining(
     found: dict[Way, list[Tensor]] = {way: [] for way in ways}
     for group in groups:
         (wanted, _), layout, probes = judged(group, goal), group.layout, _probes(merger, group)
+        spare = merger.probes.spare(probes.shape[1:])
         banks = {fill: filled_up(probes, layout, fill) for fill in {way.mixtures for way in ways}}
         for rows in torch.arange(len(group)).split(max(1, goal.at_once // 4)):  # inputs are many
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
@@ -153,6 +154,7 @@ def try_refining(
                 alike = [way for way in ways if len(banks[way.mixtures]) == size]
                 shown = banks[alike[0].mixtures]
                 fused, trust = merger(members, layout, shown)
+                shown = with_spare(shown, spare)
                 answers = answers_of(members, layout, shown)
                 starts = {"fused": fused, "member": nearest_members(members, answers, trust)[0]}
                 scores = {}
@@ -181,10 +183,12 @@ def try_inputs(merger: Merger, data: Data, goal: Goal) -> Tensor:
     scores = []
     for known, group in zip(data.training, data.validation, strict=True):
         wanted, _ = judged(group, goal)
-        shown = torch.cat([known.images[0][:SHOWN], _probes(merger, group)])
+        probes = _probes(merger, group)
+        shown, spare = (known.images[0][:SHOWN], probes), merger.probes.spare(probes.shape[1:])
         for rows in torch.arange(len(group)).split(goal.at_once):
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            fused = fuse(merger, members, group.layout, shown)
+            watched = Watched(rows, torch.cat(shown), "inputs and probes", spare=spare)
+            fused = fuse_on(merger, members, group.layout, watched).weights
             scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
     return torch.cat(scores).double().cpu()
 

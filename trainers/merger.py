@@ -63,6 +63,7 @@ class MergerOptions:
     pretrain: int = 0  # autoencoder: steps of reconstructing single members beforehand
     skip: bool = True  # autoencoder: decode relative to the mixture; without, the bottleneck alone
     probes: int = 256  # learned probe inputs of each shape that members are watched on
+    spare: int = 0  # objective images beside these that nothing but refining takes its steps on
     width: int = 32  # size of the states of the weight graph's nodes
     rounds: int = 2  # rounds of messages
     prior: int = 5  # side of the smoothing prior on first-layer rows; 0 switches it off
@@ -111,8 +112,9 @@ class MergerOptions:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if self.prior and self.prior % 2 == 0:
             raise ConfigError(f"prior: expected 0 or an odd number, got {self.prior}.")
-        if not self.probe_rate >= 0:
-            raise ConfigError(f"probe_rate: expected 0 or more, got {self.probe_rate}.")
+        for name in ("probe_rate", "spare"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}.")
         for name in ("drop", "garbage", "calibrated", "average"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}.")
@@ -154,12 +156,13 @@ def make_merger(options: MergerOptions, groups: Sequence[Families]) -> Merger:
     for group in groups:
         images.setdefault(tuple(group.images[0].shape[1:]), []).append(group.images[0].cpu())
     starts = {
-        shape: probe_start(torch.cat(own), options.probes, generator)
+        shape: probe_start(torch.cat(own), options.probes + options.spare, generator)
         for shape, own in images.items()
     }
     torch.manual_seed(options.seed)
     shared = {
         "probes": options.probes,
+        "spare": options.spare,
         "shapes": tuple(starts),
         "width": options.width,
         "rounds": options.rounds,

@@ -19,7 +19,10 @@ Merger = GNNMerger | AutoencoderMerger
 """A merger of any kind."""
 
 KINDS = {"gnn": (GNNConfig, GNNMerger), "autoencoder": (AutoencoderConfig, AutoencoderMerger)}
-LATER = {"start"}  # of a configuration: its default is what mergers did that do not have it
+LATER = {
+    "start",
+    "spare",
+}  # of a configuration: their defaults are what mergers did that do not have them
 BUNDLED = Path(__file__).parent / "bundled"
 
 

@@ -40,6 +40,7 @@ class GNNConfig:
         familiar: How much members have to tell its probes apart, see ``told_apart``, for these not
             to be strange to them; 0: they never are.
         inputs: Whether inputs may join or replace its probes; not where they did harm in training.
+        spare: Probes of each bank beside these, on which nothing but refining takes steps.
     """
 
     probes: int = 256
@@ -53,6 +54,7 @@ class GNNConfig:
     start: str = "fused"
     familiar: float = 0.0
     inputs: bool = True
+    spare: int = 0
 
 
 class GNNMerger(nn.Module):
@@ -70,7 +72,9 @@ class GNNMerger(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        starts = probes or {shape: torch.rand(config.probes, *shape) for shape in config.shapes}
+        starts = probes or {
+            shape: torch.rand(config.probes + config.spare, *shape) for shape in config.shapes
+        }
         self.probes = Probes(starts, config.probes)
         self.embed = nn.Linear(UNIT_FEATURES, width)
         self.rounds = nn.ModuleList(MessageRound(width) for _ in range(config.rounds))

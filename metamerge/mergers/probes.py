@@ -20,7 +20,8 @@ class Probes(nn.Module):
 
     Args:
         starts: Shape of one input -> its bank, ``[p, *shape]``.
-        count: How many to imagine for inputs of other shapes.
+        count: How many of a bank members are watched on, and how many to imagine for inputs of
+            other shapes. Any more are spare: nothing but refining sees them.
     """
 
     def __init__(self, starts: Mapping[tuple[int, ...], Tensor], count: int = 256) -> None:
@@ -42,7 +43,21 @@ class Probes(nn.Module):
             ``[p, *shape]``; None where there is none.
         """
         bank = self._bank(shape)
-        return bank.flatten(1) if bank is not None and len(shape) == 1 else bank
+        return None if bank is None else _as_taken(bank[: self.count], shape)
+
+    def spare(self, shape: Sequence[int]) -> Tensor | None:
+        """Find the probes of a bank that stand beside the others when networks are refined.
+
+        Args:
+            shape: Shape of one input.
+
+        Returns:
+            ``[p, *shape]``; None where there are none.
+        """
+        bank = self._bank(shape)
+        if bank is None or len(bank) <= self.count:
+            return None
+        return _as_taken(bank[self.count :], shape)
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in which neighbours of an input's numbers are neighbours: that of its bank.
@@ -78,6 +93,11 @@ class Probes(nn.Module):
         if learned is not None:
             return learned
         return imagine(members, layout, self.count, torch.Generator().manual_seed(0))
+
+
+def _as_taken(probes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Probes as networks take them: flat, if that is what they do."""
+    return probes.flatten(1) if len(shape) == 1 else probes
 
 
 def name_of(shape: Sequence[int]) -> str:

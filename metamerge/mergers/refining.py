@@ -17,7 +17,7 @@ from metamerge.calibration import check_fit, divergence, predict
 from metamerge.mergers.gate import TOLD, answers_of, consensus
 from metamerge.mergers.ordering import in_canonical_order, member_order
 from metamerge.mergers.probes import filled_up
-from metamerge.mergers.watching import Watched, watched_beside, watched_inputs
+from metamerge.mergers.watching import Watched, watched_beside, watched_inputs, with_spare
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
@@ -179,7 +179,8 @@ def fuse_on(
     fused, trust = merger(members, layout, shown)
     if not steps:
         return Refined(fused)
-    shown, answers = shown.detach(), answers_of(members, layout, shown).detach()
+    shown = with_spare(shown.detach(), watched.spare)
+    answers = answers_of(members, layout, shown).detach()
     if watched.kept is None:
         start, numbers = start_of(merger, fused, members, answers, trust)
     else:

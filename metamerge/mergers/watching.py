@@ -39,6 +39,7 @@ class Watched(NamedTuple):
         kept: Number of the member to be kept as it is, or to start from; None to fuse all.
         voters: Numbers of the members whose soft vote it is to learn, ``[n]``; None for no one's.
         given: Whether inputs are given, and stand alone: they are many, or probes are strange.
+        spare: Probes that stand beside these inputs when networks are refined, ``[p, ...]``.
     """
 
     families: Tensor
@@ -47,6 +48,7 @@ class Watched(NamedTuple):
     kept: int | None = None
     voters: Tensor | None = None
     given: bool = False
+    spare: Tensor | None = None
 
 
 def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[Watched]:
@@ -64,13 +66,14 @@ def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[
         be kept, if they are alike. Inputs that had to be imagined are familiar to none.
     """
     probes = merger.probes.for_members(members, layout).detach()
-    learned = merger.probes(probes.shape[1:]) is not None
+    learned, spare = merger.probes(probes.shape[1:]) is not None, _spare(merger, probes)
     if learned:
         told, odd = f"{len(probes)} learned probes", strange(merger, members, layout, probes)
     else:
         told = f"{len(probes)} imagined inputs"
         odd = torch.ones(len(next(iter(members.values()))), dtype=torch.bool)
-    found = [] if odd.all() else [Watched((~odd).nonzero()[:, 0], probes, told)]
+    known = Watched((~odd).nonzero()[:, 0], probes, _with_spare(told, spare), spare=spare)
+    found = [] if odd.all() else [known]
     words = f"{told}{', strange to the members,' * learned} and {len(probes)} made from the members"
     grid = merger.probes.grid(probes.shape[1:])
     for family in odd.nonzero():
@@ -111,13 +114,39 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
         (watched,) = watched_inputs(merger, members, layout)
         both = torch.cat([inputs, watched.inputs.to(inputs)])
         return watched._replace(inputs=both, told=f"{told}, {watched.told}")
-    probes = probes.detach()
-    own = f"{len(probes)} learned probes"
+    probes, spare = probes.detach(), _spare(merger, probes)
+    own = _with_spare(f"{len(probes)} learned probes", spare)
     if not merger.config.inputs:
-        return Watched(one, probes, f"{own}; beside these, inputs did harm in training")
+        told = f"{own}; beside these, inputs did harm in training"
+        return Watched(one, probes, told, spare=spare)
     if len(inputs) >= ENOUGH:
         return Watched(one, inputs, told, given=True)
-    return Watched(one, torch.cat([inputs, probes.to(inputs)]), f"{told} and {own}")
+    both = torch.cat([inputs, probes.to(inputs)])
+    return Watched(one, both, f"{told} and {own}", spare=spare)
+
+
+def with_spare(inputs: Tensor, spare: Tensor | None) -> Tensor:
+    """Inputs that networks are refined on.
+
+    Args:
+        inputs: What members are watched on, ``[b, ...]``.
+        spare: Spare probes, ``[p, ...]``, if there are any.
+
+    Returns:
+        Both, ``[b + p, ...]``.
+    """
+    return inputs if spare is None else torch.cat([inputs, spare.to(inputs)])
+
+
+def _spare(merger: nn.Module, probes: Tensor) -> Tensor | None:
+    """Spare probes of the shape of others, if the merger has any."""
+    spare = merger.probes.spare(probes.shape[1:])
+    return None if spare is None else spare.detach()
+
+
+def _with_spare(told: str, spare: Tensor | None) -> str:
+    """What members are watched on, in words, and what else networks are refined on."""
+    return told if spare is None else f"{told} (and {len(spare)} spare ones to refine on)"
 
 
 def strange(merger: nn.Module, members: Weights, layout: Layout, probes: Tensor) -> Tensor:

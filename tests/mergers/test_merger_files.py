@@ -113,9 +113,10 @@ def test_a_kind_that_nobody_knows_is_refused(folder, kind):
         load_merger(folder)
 
 
-def test_what_mergers_did_not_choose_before_is_what_they_did(folder):
-    rewrite(folder, lambda metadata: metadata["config"].pop("start"))
-    assert load_merger(folder).config.start == "fused"
+@pytest.mark.parametrize(("name", "expected"), [("start", "fused"), ("spare", 0)])
+def test_what_mergers_did_not_choose_before_is_what_they_did(folder, name, expected):
+    rewrite(folder, lambda metadata: metadata["config"].pop(name))
+    assert getattr(load_merger(folder).config, name) == expected
 
 
 def test_what_is_wrong_with_a_configuration_is_said(folder):

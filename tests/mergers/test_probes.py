@@ -57,6 +57,20 @@ def test_flat_inputs_are_those_of_the_only_bank_of_as_many_numbers():
     assert torch.equal(Probes({(1, 2, 3): image, (6,): own})((6,)), own)
 
 
+def test_probes_beyond_the_count_are_spare():
+    bank, other = torch.rand(7, 1, 2, 3), torch.rand(4, 5)
+    probes = Probes({(1, 2, 3): bank, (5,): other}, count=4)
+    assert torch.equal(probes((1, 2, 3)), bank[:4])
+    assert torch.equal(probes.spare((1, 2, 3)), bank[4:])
+    assert torch.equal(probes((6,)), bank[:4].flatten(1))
+    assert torch.equal(probes.spare((6,)), bank[4:].flatten(1))
+    assert torch.equal(probes((5,)), other)
+    assert probes.spare((5,)) is None  # a bank of just as many
+    assert probes.spare((9,)) is None  # no bank
+    probes((1, 2, 3)).sum().backward()
+    assert probes.banks["1x2x3"].grad.flatten(1).sum(1).tolist() == [6.0] * 4 + [0.0] * 3
+
+
 def test_neighbours_of_flat_inputs_are_those_of_their_bank():
     probes = Probes({(1, 2, 3): torch.rand(4, 1, 2, 3), (1, 3, 3): torch.rand(4, 1, 3, 3)})
     assert probes.grid((6,)) == (1, 2, 3)

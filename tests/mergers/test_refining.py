@@ -264,6 +264,28 @@ def test_steps_refine_on_what_members_were_watched_on_and_mixtures(case, make_me
         assert furthest(expected, fused) > 1e-4
 
 
+def test_spare_probes_are_refined_on_and_not_watched(case, make_merger):
+    merger = make_merger(probes=12, refine=6, spare=36, shapes=((1, 8, 8),))
+    members, perm = in_canonical_order(align(case), case.layout)
+    watched = merger.probes.for_members(members, case.layout)
+    spare = merger.probes.spare(watched.shape[1:])
+    assert [len(watched), len(spare)] == [12, 36]
+    fused, trust = merger(members, case.layout, watched)
+    shown = torch.cat([watched, spare])
+    expected = refine(fused, members, case.layout, shown, trust, steps=6)
+    report = {}
+    found = fuse(merger, align(case), case.layout, report=report)
+    assert furthest(found, case.layout.spec.unpermute(expected, perm)) < 1e-6
+    alone = refine(fused, members, case.layout, watched, trust, steps=6)
+    assert furthest(expected, alone) > 1e-4
+    assert report["watched_on"] == "12 learned probes (and 36 spare ones to refine on)"
+    # given inputs take the place of all probes
+    own, trust = merger(members, case.layout, case.inputs)
+    expected = refine(own, members, case.layout, case.inputs, trust, steps=6)
+    found = fuse(merger, align(case), case.layout, case.inputs)
+    assert furthest(found, case.layout.spec.unpermute(expected, perm)) < 1e-6
+
+
 def test_refining_does_not_depend_on_the_order_of_members_and_units(case, make_merger):
     merger, members, spec = make_merger(refine=20, mixtures=64), align(case), case.layout.spec
     expected = fuse(merger, members, case.layout)

@@ -13,6 +13,7 @@ from metamerge.mergers.inversion import invert
 from metamerge.mergers.ordering import in_canonical_order, member_order
 from metamerge.mergers.refining import ALONE
 from metamerge.mergers.watching import (
+    ENOUGH,
     FEW,
     FEW_MAPS,
     near,
@@ -82,6 +83,30 @@ def test_a_merger_that_knows_no_limit_watches_on_its_probes_alone(mlp_case, make
     assert watched.families.tolist() == [0, 1]
     assert torch.equal(watched.inputs, merger.probes((1, 8, 8)))
     assert watched.told == "48 learned probes"
+
+
+@pytest.mark.parametrize("useful", [True, False])
+def test_spare_probes_stay_beside_what_is_watched_while_probes_are_of_use(
+    mlp_case, make_merger, only, useful
+):
+    merger, one = make_merger(spare=9, inputs=useful), only(mlp_case.members, 0)
+    (watched,) = watched_inputs(merger, one, mlp_case.layout)
+    assert torch.equal(watched.spare, merger.probes.spare((1, 8, 8)))
+    few, many = mlp_case.inputs[:7], mlp_case.inputs[:1].repeat(ENOUGH, 1, 1, 1)
+    beside = watched_beside(merger, one, mlp_case.layout, few)
+    assert len(beside.inputs) == 48 + 7 * useful
+    assert torch.equal(beside.spare, watched.spare)
+    assert "48 learned probes (and 9 spare ones to refine on)" in beside.told
+    beside = watched_beside(merger, one, mlp_case.layout, many)
+    assert (beside.spare is None) == useful  # many inputs that are of use stand alone
+    assert watched_inputs(make_merger(), one, mlp_case.layout)[0].spare is None
+
+
+def test_spare_probes_are_as_strange_as_the_others(mlp_case, make_merger, only, knowing, familiar):
+    merger, one = familiar(make_merger(spare=9), 1.0), only(knowing(mlp_case), 0)
+    (watched,) = watched_inputs(merger, one, mlp_case.layout)
+    assert watched.spare is None
+    assert watched.told == "48 learned probes, strange to the members, and 48 made from the members"
 
 
 def test_strange_probes_are_joined_by_inputs_of_each_familys_own(

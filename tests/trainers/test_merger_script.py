@@ -315,7 +315,7 @@ def test_two_processes_reach_what_one_reaches(trained, zoo, place, launch, two_p
 def test_one_merger_learns_from_several_zoos(zoo, place, monkeypatch, capsys):
     other = build(replace(SMALL_ZOO, out=str(place / "wide"), widths=(24,), relabel=True, seed=1))
     arguments = ("--zoo", str(zoo.folder), str(other.folder), "--out", str(place / "both"))
-    together = ("--groups", "2", "--precision", "bfloat16", "--probe-rate", "0")
+    together = ("--groups", "2", "--precision", "bfloat16", "--probe-rate", "0", "--spare", "9")
     settings = (*SMALL, "--steps", "20", "--no-labels", "--no-tracking", *together)
     monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments, *settings])
     code = 0
@@ -324,9 +324,12 @@ def test_one_merger_learns_from_several_zoos(zoo, place, monkeypatch, capsys):
     except SystemExit as stopped:  # twenty steps may not be enough for all gates
         code = stopped.code
     card = read_card(place / "both")
-    probes = load_merger(place / "both").probes((1, 8, 8)).detach().flatten(1)
+    bank = load_merger(place / "both").probes
     known = torch.cat([split_of(one).images("objective")[0] for one in (zoo, other)]).flatten(1)
-    assert torch.cdist(probes, known).amin(1).max() < 1e-3  # probes are as they started
+    for probes, count in ((bank((1, 8, 8)), 32), (bank.spare((1, 8, 8)), 9)):
+        assert len(probes) == count
+        nearest = torch.cdist(probes.detach().flatten(1), known).amin(1)
+        assert nearest.max() < 1e-3  # as they started
     assert [told["digest"] for told in card["zoos"]] == [zoo.digest, other.digest]
     assert [told["options"]["widths"] for told in card["zoos"]] == [[16], [24]]
     groups = {f"{name}_k{members}" for name in ("zoo", "wide") for members in (2, 3)}
@@ -367,6 +370,7 @@ def test_a_launch_without_a_config_file_works(place, launch):
         (["--reference", "median"], "reference: got 'median'"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--probe-rate", "-1"], "probe_rate: expected 0 or more, got -1.0"),
+        (["--spare", "-1"], "spare: expected 0 or more, got -1"),
         (["--garbage", "1.5"], "garbage: expected 0 to 1, got 1.5"),
         (["--drop", "-0.1"], "drop: expected 0 to 1, got -0.1"),
         (["--average", "2"], "average: expected 0 to 1, got 2"),
