@@ -19,10 +19,7 @@ Merger = GNNMerger | AutoencoderMerger
 """A merger of any kind."""
 
 KINDS = {"gnn": (GNNConfig, GNNMerger), "autoencoder": (AutoencoderConfig, AutoencoderMerger)}
-LATER = {
-    "start",
-    "spare",
-}  # of a configuration: their defaults are what mergers did that do not have them
+LATER = {"start", "spare"}  # of a configuration: mergers without them did what is the default now
 BUNDLED = Path(__file__).parent / "bundled"
 
 

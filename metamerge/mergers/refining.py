@@ -69,8 +69,6 @@ def fuse(
 ) -> Weights:
     """Merge aligned members, and refine what comes out.
 
-    Families are merged side by side, as many at a time as their members' maps fit into memory.
-
     Args:
         merger: A trained merger.
         members: Aligned members of ``f`` families, ``[f, m, ...]``.
@@ -98,9 +96,8 @@ def fuse(
         watched = [Watched(every, inputs, f"{len(inputs)} inputs")]
     parts = []
     for each in watched:
-        for families in each.families.split(_at_once(merger, members, layout, each.inputs)):
-            own = {key: tensor[families.to(tensor.device)] for key, tensor in members.items()}
-            parts.append(fuse_on(merger, own, layout, each, steps=steps))
+        own = {key: tensor[each.families.to(tensor.device)] for key, tensor in members.items()}
+        parts.append(fuse_on(merger, own, layout, each, steps=steps))
     if report is not None:
         _tell_start(parts[0], int(watched[0].families[0]), given, report)
     back = torch.cat([each.families for each in watched]).argsort()
@@ -156,6 +153,8 @@ def fuse_on(
 ) -> Refined:
     """Merge and refine families that are watched on the same inputs, or take one of their members.
 
+    Families are merged side by side, as many at a time as their members' maps fit into memory.
+
     Args:
         merger: A trained merger.
         members: Their aligned members in canonical order, ``[f, m, ...]``.
@@ -168,6 +167,20 @@ def fuse_on(
         Weights, with units in the order of the members, and which of these they were.
     """
     steps = _enough(merger, watched) if steps is None else steps
+    everyone = torch.arange(len(next(iter(members.values()))))
+    parts = []
+    for rows in everyone.split(_at_once(merger, members, layout, watched.inputs)):
+        own = {key: tensor[rows.to(tensor.device)] for key, tensor in members.items()}
+        parts.append(_fuse_some(merger, own, layout, watched, steps))
+    weights = {key: torch.cat([part.weights[key] for part in parts]) for key in members}
+    numbers = [part.members for part in parts if part.members is not None]
+    return Refined(weights, torch.cat(numbers) if numbers else None)
+
+
+def _fuse_some(
+    merger: nn.Module, members: Weights, layout: Layout, watched: Watched, steps: int
+) -> Refined:
+    """Those that fit into memory at once."""
     if watched.kept is not None:
         kept = {key: tensor[:, watched.kept] for key, tensor in members.items()}
         if not steps:
