@@ -1,15 +1,18 @@
 """What is left to do once a merger is trained."""
 
+from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from evaluation.gates import Gate
-from metamerge.mergers import GNNConfig, GNNMerger
+from metamerge.mergers import GNNConfig, GNNMerger, ThresholdObjective, fuse, fuse_beside
 from metamerge.mergers.gate import answers_of
 from metamerge.mergers.watching import told_apart
 from trainers import finishing
+from trainers.families import Data
 from trainers.finishing import (
     FILL,
     LONG,
@@ -19,7 +22,10 @@ from trainers.finishing import (
     familiarity,
     promising,
     settle,
+    try_inputs,
+    try_refining,
 )
+from trainers.validating import Goal, score
 
 FUSED = [way for way in REFINING if way.start == "fused"]
 
@@ -132,6 +138,50 @@ def test_refining_that_breaks_a_gate_is_not_chosen(monkeypatch, harmful, expecte
     found, gates = settle(merger, refined, [SimpleNamespace(name="k3")])
     assert found == way_of(merger.config) == expected
     assert gates["k3"][0].passed == (expected not in harmful)
+
+
+# ---------------------------------------------------------------------------- spare probes
+
+
+@pytest.fixture
+def sparing(trained_merger):
+    """The trained merger, most of whose probes have become spare."""
+    merger = deepcopy(trained_merger)
+    merger.config = replace(merger.config, probes=24, spare=40, refine=100)
+    merger.probes.count = 24
+    return merger
+
+
+@pytest.fixture
+def judging():
+    return Goal(ThresholdObjective(), labels=True, at_once=12)
+
+
+def test_what_validation_families_choose_from_is_what_a_merge_makes_of_spare_probes(
+    make_families, sparing, judging
+):
+    group = make_families()
+    found = try_refining(sparing, [group], judging, (Way(0, 0), Way(100, 0)))
+    for steps in (0, 100):
+        fused = fuse(sparing, group.weights, group.layout, steps=steps)
+        expected = score(fused, group, group.targets())
+        assert found[Way(steps, 0)].float() == pytest.approx(expected, abs=0.006)  # two images
+    alone = deepcopy(sparing)
+    alone.probes.banks["1x8x8"] = sparing.probes.banks["1x8x8"][:24]
+    less = try_refining(alone, [group], judging, (Way(0, 0), Way(100, 0)))
+    assert torch.equal(less[Way(0, 0)], found[Way(0, 0)])
+    assert not torch.equal(less[Way(100, 0)], found[Way(100, 0)])
+
+
+def test_inputs_are_tried_beside_spare_probes_as_they_are_in_use(make_families, sparing, judging):
+    group = make_families()
+    found = try_inputs(sparing, Data([], [group], [group]), judging)
+    assert len(found) == len(group)
+    for family in (0, 7):
+        one = {key: tensor[[family]] for key, tensor in group.weights.items()}
+        fused = fuse_beside(sparing, one, group.layout, group.images[0])
+        expected = score(fused, group, group.targets()[[family]])
+        assert float(found[family]) == pytest.approx(float(expected), abs=0.006)
 
 
 # ---------------------------------------------------------------------------- familiar probes
