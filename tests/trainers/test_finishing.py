@@ -177,7 +177,7 @@ def test_inputs_are_tried_beside_spare_probes_as_they_are_in_use(make_families, 
     group = make_families()
     found = try_inputs(sparing, Data([], [group], [group]), judging)
     assert len(found) == len(group)
-    for family in (0, 7):
+    for family in range(0, len(group), 3):
         one = {key: tensor[[family]] for key, tensor in group.weights.items()}
         fused = fuse_beside(sparing, one, group.layout, group.images[0])
         expected = score(fused, group, group.targets()[[family]])
