@@ -14,9 +14,9 @@ from evaluation.tracking import Run
 from metamerge.errors import MetaMergeError
 from metamerge.mergers import Merger, fuse, refine, save_merger
 from metamerge.mergers.gate import answers_of
-from metamerge.mergers.probes import filled_up
+from metamerge.mergers.probes import filled_up, with_spare
 from metamerge.mergers.refining import fuse_on, nearest_members
-from metamerge.mergers.watching import Watched, told_apart, with_spare
+from metamerge.mergers.watching import Watched, told_apart
 from trainers.families import Data, Families
 from trainers.outcome import Outcome
 from trainers.validating import Goal, judged, score
@@ -183,11 +183,11 @@ def try_inputs(merger: Merger, data: Data, goal: Goal) -> Tensor:
     scores = []
     for known, group in zip(data.training, data.validation, strict=True):
         wanted, _ = judged(group, goal)
-        probes = _probes(merger, group)
-        shown, spare = (known.images[0][:SHOWN], probes), merger.probes.spare(probes.shape[1:])
+        shown = torch.cat([known.images[0][:SHOWN], _probes(merger, group)])
+        spare = merger.probes.spare(shown.shape[1:])
         for rows in torch.arange(len(group)).split(goal.at_once):
             members = {k: t[rows.to(t.device)] for k, t in group.weights.items()}
-            watched = Watched(rows, torch.cat(shown), "inputs and probes", spare=spare)
+            watched = Watched(rows, shown, "inputs and probes", spare=spare)
             fused = fuse_on(merger, members, group.layout, watched).weights
             scores.append(score(fused, group, wanted[rows.to(wanted.device)]))
     return torch.cat(scores).double().cpu()

@@ -52,12 +52,12 @@ class Probes(nn.Module):
             shape: Shape of one input.
 
         Returns:
-            ``[p, *shape]``; None where there are none.
+            ``[p, *shape]``, without gradients, since they do not learn; None where there are none.
         """
         bank = self._bank(shape)
         if bank is None or len(bank) <= self.count:
             return None
-        return _as_taken(bank[self.count :], shape)
+        return _as_taken(bank[self.count :].detach(), shape)
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in which neighbours of an input's numbers are neighbours: that of its bank.
@@ -136,6 +136,19 @@ def filled_up(inputs: Tensor, layout: Layout, count: int) -> Tensor:
         return inputs
     generator = torch.Generator().manual_seed(0)
     return torch.cat([inputs, mixtures(inputs, count - len(inputs), generator)])
+
+
+def with_spare(inputs: Tensor, spare: Tensor | None) -> Tensor:
+    """Inputs that networks are refined on.
+
+    Args:
+        inputs: What members are watched on, ``[b, ...]``.
+        spare: Spare probes, ``[p, ...]``, if there are any.
+
+    Returns:
+        Both, ``[b + p, ...]``.
+    """
+    return inputs if spare is None else torch.cat([inputs, spare.to(inputs)])
 
 
 def mixtures(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:

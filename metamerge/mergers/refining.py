@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from metamerge.calibration import check_fit, divergence, predict
 from metamerge.mergers.gate import TOLD, answers_of, consensus
 from metamerge.mergers.ordering import in_canonical_order, member_order
-from metamerge.mergers.probes import filled_up
-from metamerge.mergers.watching import Watched, watched_beside, watched_inputs, with_spare
+from metamerge.mergers.probes import filled_up, with_spare
+from metamerge.mergers.watching import Watched, watched_beside, watched_inputs
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
@@ -167,11 +167,12 @@ def fuse_on(
         Weights, with units in the order of the members, and which of these they were.
     """
     steps = _enough(merger, watched) if steps is None else steps
-    everyone = torch.arange(len(next(iter(members.values()))))
-    parts = []
-    for rows in everyone.split(_at_once(merger, members, layout, watched.inputs)):
-        own = {key: tensor[rows.to(tensor.device)] for key, tensor in members.items()}
-        parts.append(_fuse_some(merger, own, layout, watched, steps))
+    at_once = _at_once(merger, members, layout, watched.inputs)
+    split = zip(*(tensor.split(at_once) for tensor in members.values()), strict=True)
+    parts = [
+        _fuse_some(merger, dict(zip(members, some, strict=True)), layout, watched, steps)
+        for some in split
+    ]
     weights = {key: torch.cat([part.weights[key] for part in parts]) for key in members}
     numbers = [part.members for part in parts if part.members is not None]
     return Refined(weights, torch.cat(numbers) if numbers else None)

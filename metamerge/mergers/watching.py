@@ -66,14 +66,15 @@ def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[
         be kept, if they are alike. Inputs that had to be imagined are familiar to none.
     """
     probes = merger.probes.for_members(members, layout).detach()
-    learned, spare = merger.probes(probes.shape[1:]) is not None, _spare(merger, probes)
+    learned = merger.probes(probes.shape[1:]) is not None
     if learned:
         told, odd = f"{len(probes)} learned probes", strange(merger, members, layout, probes)
     else:
         told = f"{len(probes)} imagined inputs"
         odd = torch.ones(len(next(iter(members.values()))), dtype=torch.bool)
-    known = Watched((~odd).nonzero()[:, 0], probes, _with_spare(told, spare), spare=spare)
-    found = [] if odd.all() else [known]
+    spare = merger.probes.spare(probes.shape[1:])
+    known = Watched((~odd).nonzero()[:, 0], probes, _in_words(told, spare), spare=spare)
+    found = [known] if len(known.families) else []
     words = f"{told}{', strange to the members,' * learned} and {len(probes)} made from the members"
     grid = merger.probes.grid(probes.shape[1:])
     for family in odd.nonzero():
@@ -114,8 +115,8 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
         (watched,) = watched_inputs(merger, members, layout)
         both = torch.cat([inputs, watched.inputs.to(inputs)])
         return watched._replace(inputs=both, told=f"{told}, {watched.told}")
-    probes, spare = probes.detach(), _spare(merger, probes)
-    own = _with_spare(f"{len(probes)} learned probes", spare)
+    probes, spare = probes.detach(), merger.probes.spare(inputs.shape[1:])
+    own = _in_words(f"{len(probes)} learned probes", spare)
     if not merger.config.inputs:
         told = f"{own}; beside these, inputs did harm in training"
         return Watched(one, probes, told, spare=spare)
@@ -125,26 +126,7 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
     return Watched(one, both, f"{told} and {own}", spare=spare)
 
 
-def with_spare(inputs: Tensor, spare: Tensor | None) -> Tensor:
-    """Inputs that networks are refined on.
-
-    Args:
-        inputs: What members are watched on, ``[b, ...]``.
-        spare: Spare probes, ``[p, ...]``, if there are any.
-
-    Returns:
-        Both, ``[b + p, ...]``.
-    """
-    return inputs if spare is None else torch.cat([inputs, spare.to(inputs)])
-
-
-def _spare(merger: nn.Module, probes: Tensor) -> Tensor | None:
-    """Spare probes of the shape of others, if the merger has any."""
-    spare = merger.probes.spare(probes.shape[1:])
-    return None if spare is None else spare.detach()
-
-
-def _with_spare(told: str, spare: Tensor | None) -> str:
+def _in_words(told: str, spare: Tensor | None) -> str:
     """What members are watched on, in words, and what else networks are refined on."""
     return told if spare is None else f"{told} (and {len(spare)} spare ones to refine on)"
 
