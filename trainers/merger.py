@@ -151,14 +151,7 @@ def open_zoos(options: MergerOptions, console: Console) -> list[tuple[Zoo, TaskS
 
 def make_merger(options: MergerOptions, groups: Sequence[Families]) -> Merger:
     """A fresh merger whose probes start at objective images, a bank for each shape of input."""
-    generator = torch.Generator().manual_seed(options.seed)
-    images: dict[tuple[int, ...], list[Tensor]] = {}
-    for group in groups:
-        images.setdefault(tuple(group.images[0].shape[1:]), []).append(group.images[0].cpu())
-    starts = {
-        shape: probe_start(torch.cat(own), options.probes + options.spare, generator)
-        for shape, own in images.items()
-    }
+    starts = _starts(options, groups)
     torch.manual_seed(options.seed)
     shared = {
         "probes": options.probes,
@@ -173,6 +166,24 @@ def make_merger(options: MergerOptions, groups: Sequence[Families]) -> Merger:
     flat = any(x.reads_inputs and x.linear for group in groups for x in group.layout.layers)
     prior = options.prior if flat else 0
     return GNNMerger(GNNConfig(**shared, prior=prior), starts)
+
+
+def _starts(options: MergerOptions, groups: Sequence[Families]) -> dict[tuple[int, ...], Tensor]:
+    """Objective images for the probes and spare probes of each bank."""
+    generator, count = torch.Generator().manual_seed(options.seed), options.probes + options.spare
+    images: dict[tuple[int, ...], list[Tensor]] = {}
+    for group in groups:
+        own, new = images.setdefault(tuple(group.images[0].shape[1:]), []), group.images[0].cpu()
+        if not any(torch.equal(new, known) for known in own):  # groups of one task share theirs
+            own.append(new)
+    for shape, own in images.items():
+        there = sum(map(len, own))
+        if options.spare and count > there:
+            raise ConfigError(
+                f"spare: {options.probes} probes and {options.spare} spare ones are wanted of "
+                f"{there} objective images {shape}. Use up to {max(0, there - options.probes)}."
+            )
+    return {shape: probe_start(torch.cat(own), count, generator) for shape, own in images.items()}
 
 
 # ----------------------------------------------------------------------------------------------

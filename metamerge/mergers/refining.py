@@ -7,6 +7,8 @@ hundred probes are soon learned by heart, by the closed form of the fit before a
 them can stand beside them.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from metamerge.mergers.watching import Watched, watched_beside, watched_inputs
 from metamerge.structure import Layout, run
 from metamerge.weights import Weights
 
+log = logging.getLogger(__name__)
 BATCH = 64  # inputs per step
 TEMPERATURE = 2.0  # by which the consensus is softened, section 2 of the paper
 BETAS = (0.9, 0.999)  # of Adam
@@ -37,12 +40,17 @@ SAME_VOTES = (
     "the others "
 )
 LEARNS = SAME_VOTES + "is the start, and learns the soft vote of all on the inputs."
+LEARNS_MADE = (
+    "the members agree on nearly all inputs that were made from them: the one that agrees most "
+    "with the others is the start, and learns the consensus on these, as steps were asked for."
+)
 FROM_MEMBER = (
     "the member that says most of what the consensus says is the start, and learns the consensus: "
     "validation families preferred it to the fused network when the merger was trained."
 )
 COULD_LEARN = SAME_VOTES + "is kept as it is. With steps (refine=) it learns the soft vote of all."
 AGREED = 1e-6  # divergence below which there is nothing to refine
+PAUSE = 5.0  # seconds between two lines of the log
 
 
 class Refined(NamedTuple):
@@ -89,7 +97,8 @@ def fuse(
     if inputs is None:
         watched = watched_inputs(merger, members, layout)
         if report is not None:
-            _tell(watched[0], given, report)
+            taken = _enough(merger, watched[0]) if steps is None else steps
+            _tell(watched[0], given, taken, report)
     else:
         check_fit(layout.program, inputs)
         every = torch.arange(len(next(iter(members.values()))))
@@ -138,7 +147,7 @@ def fuse_beside(
     steps = _enough(merger, watched) if steps is None else steps
     fused = fuse_on(merger, ordered, layout, watched, steps=steps)
     if report is not None:
-        _tell(watched, members, report, learns=watched.voters is not None and steps > 0)
+        _tell(watched, members, steps, report)
         _tell_start(fused, 0, members, report)
     return layout.spec.unpermute(fused.weights, perm)
 
@@ -310,6 +319,8 @@ def descend(
 
     Returns:
         New weights ``[n, ...]``; what belongs to no layer (running statistics) is as it was.
+
+    Long work says every few seconds how far it is, by ``logging`` at the level of ``INFO``.
     """
     keys = [key for layer in layout.layers for key in (layer.weight, layer.bias) if key]
     trained = {key: weights[key].detach().clone().requires_grad_() for key in keys}
@@ -317,8 +328,12 @@ def descend(
     second = {key: torch.zeros_like(tensor) for key, tensor in trained.items()}
     floors: Weights = {}
     rate = torch.as_tensor(lr, dtype=torch.float32)
+    said = time.monotonic()
     with torch.enable_grad():
         for step in range(1, steps + 1):
+            if time.monotonic() - said >= PAUSE:
+                said = time.monotonic()
+                log.info("step %d of %d, %d networks", step, steps, len(trained[keys[0]]))
             value = loss({**weights, **_tied(trained, layout)}).sum()
             grads = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
             with torch.no_grad():
@@ -352,16 +367,16 @@ def _enough(merger: nn.Module, watched: Watched) -> int:
     return max(merger.config.refine, ALONE) if watched.given else merger.config.refine
 
 
-def _tell(
-    watched: Watched, members: Weights, report: dict[str, Any], *, learns: bool = False
-) -> None:
+def _tell(watched: Watched, members: Weights, steps: int, report: dict[str, Any]) -> None:
     """Say what the first family was watched on, and who is kept, by the number it came with."""
     report["watched_on"] = watched.told
+    if steps and watched.spare is not None:
+        report["watched_on"] += f" (and {len(watched.spare)} spare ones to refine on)"
     if watched.kept is not None:
         order = member_order(members)[int(watched.families[0])]
-        report["started_from" if learns else "kept"] = int(order[watched.kept])
-        unlearned = KEPT if watched.voters is None else COULD_LEARN
-        report["note"] = LEARNS if learns else unlearned
+        report["started_from" if steps else "kept"] = int(order[watched.kept])
+        notes = (KEPT, LEARNS_MADE) if watched.voters is None else (COULD_LEARN, LEARNS)
+        report["note"] = notes[steps > 0]
 
 
 def _tell_start(made: Refined, family: int, members: Weights, report: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def watched_inputs(merger: nn.Module, members: Weights, layout: Layout) -> list[
         told = f"{len(probes)} imagined inputs"
         odd = torch.ones(len(next(iter(members.values()))), dtype=torch.bool)
     spare = merger.probes.spare(probes.shape[1:])
-    known = Watched((~odd).nonzero()[:, 0], probes, _in_words(told, spare), spare=spare)
+    known = Watched((~odd).nonzero()[:, 0], probes, told, spare=spare)
     found = [known] if len(known.families) else []
     words = f"{told}{', strange to the members,' * learned} and {len(probes)} made from the members"
     grid = merger.probes.grid(probes.shape[1:])
@@ -116,7 +116,7 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
         both = torch.cat([inputs, watched.inputs.to(inputs)])
         return watched._replace(inputs=both, told=f"{told}, {watched.told}")
     probes, spare = probes.detach(), merger.probes.spare(inputs.shape[1:])
-    own = _in_words(f"{len(probes)} learned probes", spare)
+    own = f"{len(probes)} learned probes"
     if not merger.config.inputs:
         told = f"{own}; beside these, inputs did harm in training"
         return Watched(one, probes, told, spare=spare)
@@ -124,11 +124,6 @@ def watched_beside(merger: nn.Module, members: Weights, layout: Layout, inputs: 
         return Watched(one, inputs, told, given=True)
     both = torch.cat([inputs, probes.to(inputs)])
     return Watched(one, both, f"{told} and {own}", spare=spare)
-
-
-def _in_words(told: str, spare: Tensor | None) -> str:
-    """What members are watched on, in words, and what else networks are refined on."""
-    return told if spare is None else f"{told} (and {len(spare)} spare ones to refine on)"
 
 
 def strange(merger: nn.Module, members: Weights, layout: Layout, probes: Tensor) -> Tensor:

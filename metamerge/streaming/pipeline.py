@@ -4,6 +4,7 @@ While one tensor is written, the next ones are read and merged, each by a thread
 """
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from metamerge.weights import check_finite, check_statistics
 
 Fuse = Callable[[str, list[Tensor]], Tensor]
 
+log = logging.getLogger(__name__)
 _PART = 16 * 2**20  # bytes of all members together that are read at a time where parts will do
 _WORKERS = 2  # each holds a tensor of every member; more would wait for the disk
 _Item = TypeVar("_Item")
@@ -60,7 +62,8 @@ def stream(
         in_order: Whether it must be called for one tensor after the other.
 
     Returns:
-        Name of every file that was written -> its sha256.
+        Name of every file that was written -> its sha256. ``logging`` tells of each at the level of
+        ``INFO``.
 
     Raises:
         CheckpointError: If a file has changed, or a tensor holds NaN.
@@ -73,11 +76,12 @@ def stream(
             tensors = [reader.read(stored, part.begin, part.count) for stored in part.stored]
             return _merged(part, tensors, fuse)
 
-        for shard in shards:
+        for number, shard in enumerate(shards, 1):
             with ShardWriter(shard, folder) as writer:
                 for tensor in _ahead(pool, merged, _parts(members, shard, pointwise), count):
                     writer.append(tensor)
             digests[shard.name] = writer.digest
+            log.info("%s is written, %d of %d", shard.name, number, len(shards))
     if len(shards) > 1:
         name, text = index_of(shards)
         write_text(text, folder / name)

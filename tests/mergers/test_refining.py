@@ -91,6 +91,16 @@ def test_a_rate_of_zero_leaves_a_network_to_the_bit(mlp_case):
     assert furthest({k: t[1:] for k, t in found.items()}, {k: t[1:] for k, t in start.items()}) > 0
 
 
+def test_long_descents_say_how_far_they_are(mlp_case, monkeypatch, caplog):
+    start, loss = average(mlp_case.members), squares(mlp_case.layout, mlp_case.inputs)
+    with caplog.at_level("INFO", logger="metamerge"):
+        descend(start, mlp_case.layout, loss, steps=3, lr=0.1)
+        assert not caplog.messages  # short ones say nothing
+        monkeypatch.setattr(refining, "PAUSE", 0.0)
+        descend(start, mlp_case.layout, loss, steps=3, lr=0.1)
+    assert caplog.messages == [f"step {n} of 3, 2 networks" for n in (1, 2, 3)]
+
+
 def test_descending_changes_nothing_in_place_and_shares_no_memory(mlp_case):
     start = average(mlp_case.members)
     before = {key: tensor.clone() for key, tensor in start.items()}
@@ -279,6 +289,8 @@ def test_spare_probes_are_refined_on_and_not_watched(case, make_merger):
     alone = refine(fused, members, case.layout, watched, trust, steps=6)
     assert furthest(expected, alone) > 1e-4
     assert report["watched_on"] == "12 learned probes (and 36 spare ones to refine on)"
+    fuse(merger, align(case), case.layout, steps=0, report=report)
+    assert report["watched_on"] == "12 learned probes"
     # given inputs take the place of all probes
     own, trust = merger(members, case.layout, case.inputs)
     expected = refine(own, members, case.layout, case.inputs, trust, steps=6)

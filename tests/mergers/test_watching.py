@@ -96,7 +96,7 @@ def test_spare_probes_stay_beside_what_is_watched_while_probes_are_of_use(
     beside = watched_beside(merger, one, mlp_case.layout, few)
     assert len(beside.inputs) == 48 + 7 * useful
     assert torch.equal(beside.spare, watched.spare)
-    assert "48 learned probes (and 9 spare ones to refine on)" in beside.told
+    assert "48 learned probes" in beside.told
     beside = watched_beside(merger, one, mlp_case.layout, many)
     assert (beside.spare is None) == useful  # many inputs that are of use stand alone
     assert watched_inputs(make_merger(), one, mlp_case.layout)[0].spare is None
@@ -382,7 +382,9 @@ def test_the_member_that_is_kept_is_refined_if_that_is_asked_for(alike, make_mer
     layout, members = alike
     merger, report = familiar(make_merger(refine=3), 1.0), {}
     one, two = (fuse(merger, members, layout, steps=n, report=report) for n in (1, 2))
-    kept = members["1.weight"][0, report["kept"]]
+    assert "is the start, and learns the consensus" in report["note"]
+    assert "kept" not in report
+    kept = members["1.weight"][0, report["started_from"]]
     first, second = ((each["1.weight"][0] - kept).abs().max() for each in (one, two))
     assert 0 < first < second < 4e-3  # no further than steps of 1e-3 go
 

@@ -110,8 +110,9 @@ def test_the_usual_methods_can_stream():
     assert set(streamable()) >= {"task_arithmetic", "dare", "breadcrumbs", "model_stock"}
 
 
-def test_shards_are_named_and_listed_as_others_expect_it(tmp_path, paths):
-    report = merge_files(paths[:3], tmp_path / "out", shard_size=1500)
+def test_shards_are_named_and_listed_as_others_expect_it(tmp_path, paths, caplog):
+    with caplog.at_level("INFO", logger="metamerge"):
+        report = merge_files(paths[:3], tmp_path / "out", shard_size=1500)
     names = sorted(os.listdir(tmp_path / "out"))
     count = report["shards"]
     shards = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -119,6 +120,8 @@ def test_shards_are_named_and_listed_as_others_expect_it(tmp_path, paths):
     assert names == ["manifest.json", *shards, SHARD]
     index = json.loads((tmp_path / "out" / SHARD).read_text())
     assert index["metadata"]["total_size"] == report["bytes_written"]
+    told = [f"{name} is written, {i + 1} of {count}" for i, name in enumerate(shards)]
+    assert caplog.messages == told
     loaded = {k: t for s in shards for k, t in load_file(tmp_path / "out" / s).items()}
     assert loaded.keys() == index["weight_map"].keys() == member().keys()
 

@@ -20,7 +20,7 @@ from metamerge.mergers import fuse, load_merger, read_card
 from metamerge.mergers.watching import told_apart
 from metamerge.weights import stack
 from trainers.finishing import ENOUGH, LONG, REFINING, WORTH, Way, promising
-from trainers.merger import MergerOptions, fingerprint, main
+from trainers.merger import MergerOptions, fingerprint, main, make_merger
 from trainers.resume import load_state
 from zoo.build import ZooOptions, build, split_of
 from zoo.options import parse
@@ -347,6 +347,25 @@ def test_one_merger_learns_from_several_zoos(zoo, place, monkeypatch, capsys):
     assert all(gate in told for gate in broken)
     mean = sum(card["validation"][score] for score in scores) / 4  # of 8 families each
     assert card["validation"]["validation_accuracy"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_no_image_starts_two_probes_while_there_are_others(make_families):
+    groups = [make_families(2, "k2"), make_families(4, "k4")]  # of the same images
+    known = groups[0].images[0]
+    merger = make_merger(MergerOptions(probes=len(known) - 7, spare=7), groups)
+    bank = torch.cat([merger.probes((1, 8, 8)), merger.probes.spare((1, 8, 8))]).detach()
+    assert torch.equal(bank.flatten(1).unique(dim=0), known.flatten(1).unique(dim=0))
+    doubled = replace(groups[1], images=(1 - known, groups[1].images[1]))
+    merger = make_merger(MergerOptions(probes=16, spare=len(known)), [*groups, doubled])
+    assert len(merger.probes.spare((1, 8, 8))) == len(known)  # other images count
+
+
+def test_spare_probes_that_there_are_no_images_for_are_refused(make_families):
+    groups = [make_families(2, "k2"), make_families(4, "k4")]
+    there = len(groups[0].images[0])
+    told = rf"spare: 32 probes and {there} spare ones .* {there} objective images .* up to"
+    with pytest.raises(ConfigError, match=rf"{told} {there - 32}\."):
+        make_merger(MergerOptions(probes=32, spare=there), groups)
 
 
 # ------------------------------------------------------------------------------- command line
