@@ -16,17 +16,8 @@ from evaluation.compare import CompareOptions, main
 from evaluation.goals import NATIVE, OWN, Goal
 from evaluation.scored import Scored
 from evaluation.suite_runs import chosen_rows, run_suite, trained
-from evaluation.suites import (
-    FASHION_CNN,
-    FASHION_MLP,
-    FASHION_SKEWED,
-    FASHION_SKEWED_CNN,
-    MERGERS,
-    SUITES,
-    TINY,
-    Row,
-    Training,
-)
+from evaluation.suite_zoos import FASHION_CNN, FASHION_MLP, FASHION_SKEWED, FASHION_SKEWED_CNN, TINY
+from evaluation.suites import MERGERS, SUITES, Row, Training
 from metamerge.errors import ConfigError, MetaMergeError
 from metamerge.mergers import GNNConfig, GNNMerger, save_merger
 from trainers.merger import MergerOptions

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.suites import FASHION, MNIST_MIXED, SKEWED
+from evaluation.suite_zoos import FASHION, MNIST_MIXED, SKEWED
 from zoo.recipe import ZooOptions
 
 
