@@ -42,7 +42,7 @@ REFINING = (  # what validation families choose from
     *(Way(steps, fill) for fill in (0, FILL) for steps in (0, 100, 200, 400)),
     *(Way(*told, "member") for told in ((100, 0), (100, FILL), (400, FILL))),
 )
-LONG = Way(1000, 0)  # is tried where the most steps on nothing but probes are better than fewer
+LONG = Way(1000, 0)  # is tried where the most steps on nothing but probes are as good as fewer
 ENOUGH = 5e-4  # accuracy below the best that fewer steps may have
 WORTH = 1e-3  # accuracy that members, and mixtures and many steps, which take long, have to add
 STRANGE = 0.85  # of what its validation families tell apart is too little for a merger's probes
@@ -194,16 +194,20 @@ def try_inputs(merger: Merger, data: Data, goal: Goal) -> Tensor:
 
 
 def promising(refined: Mapping[Way, Tensor]) -> bool:
-    """Whether many steps on nothing but probes might gain: the most of ``REFINING`` are best.
+    """Whether many steps on nothing but probes might gain.
 
     Args:
         refined: What ``try_refining`` found.
 
     Returns:
-        Whether to try ``LONG``.
+        Whether to try ``LONG``: the most steps of ``REFINING`` are better than none, and no worse
+        than the best number of them by more than the standard error over families.
     """
     plain = [way for way in REFINING if way[1:] == LONG[1:]]
-    return max(plain, key=lambda way: float(refined[way].mean())) == max(plain)
+    best = max(plain, key=lambda way: float(refined[way].mean()))
+    lost, gain = (refined[way] - refined[max(plain)] for way in (best, min(plain)))  # [f], paired
+    error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
+    return bool(gain.mean() < 0) and bool(lost.mean() <= error)
 
 
 def chosen(refined: Mapping[Way, Tensor]) -> Way:
