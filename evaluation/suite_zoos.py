@@ -42,7 +42,7 @@ FASHION_CNN = ZooOptions(
     split="disjoint",
     segment_size=4000,
     epochs=5,
-    train_families=32,
+    train_families=8,
     validation_families=4,
     test_families=12,
 )

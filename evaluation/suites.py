@@ -162,7 +162,7 @@ MERGERS = (
         mergers=(
             Training(
                 (FASHION_CNN,),
-                {**CNN_MERGER, "probes": 1024, "spare": 3072, "probe_rate": 0.3, "steps": 200},
+                {**CNN_MERGER, "probes": 1024, "spare": 3072, "probe_rate": 0.3, "steps": 100},
             ),
         ),
         compare={"full": False, "adapt": False},  # on a CPU these take too long
