@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "trainers" / "merger.py")
 STEPS, SAVE_EVERY = 120, 5
 SMALL = (
-    *("--probes", "32", "--width", "8", "--families", "6", "--images", "128"),
+    # of 32 probes the fit of so small a merger is left to chance: a broken gate, other ranks
+    *("--probes", "64", "--width", "8", "--families", "6", "--images", "128"),
     *("--steps", str(STEPS), "--eval-every", "20", "--save-every", str(SAVE_EVERY)),
     *("--garbage", "1"),  # so few steps have to see noise in each to learn to leave it out
     *("--average", "0.8"),  # of so few steps: 0.95 would still remember the first ones
@@ -146,7 +147,7 @@ def test_a_training_writes_a_merger_and_says_so(trained, zoo):
     assert merged.report["method"] == "gnn"
     config = load_merger(trained.folder).config
     assert config.shapes == ((1, 8, 8),)
-    assert config.probes == 32
+    assert config.probes == 64
 
 
 def test_a_trained_merger_beats_the_average_that_it_started_as(trained, zoo):
@@ -160,7 +161,7 @@ def test_a_trained_merger_beats_the_average_that_it_started_as(trained, zoo):
 
 def test_the_card_says_where_a_merger_comes_from(trained, zoo):
     card = trained.card
-    assert card["options"]["probes"] == 32
+    assert card["options"]["probes"] == 64
     assert card["options"]["steps"] == STEPS
     (told,) = card["zoos"]
     assert told["digest"] == zoo.digest
@@ -242,7 +243,7 @@ def test_the_run_in_mlflow_holds_options_and_curves(trained, place):
     client, (run,) = runs(place, "train whole")
     assert run.info.status == "FINISHED"
     assert run.info.run_id == trained.card["run"]
-    assert run.data.params["probes"] == "32"
+    assert run.data.params["probes"] == "64"
     assert run.data.params["processes"] == "1"
     curve = client.get_metric_history(run.info.run_id, "validation_accuracy")
     assert [point.step for point in curve] == [*range(20, STEPS + 1, 20)]
@@ -329,7 +330,7 @@ def test_one_merger_learns_from_several_zoos(zoo, place, monkeypatch, capsys):
     card = read_card(place / "both")
     bank = load_merger(place / "both").probes
     known = torch.cat([split_of(one).images("objective")[0] for one in (zoo, other)]).flatten(1)
-    for probes, count in ((bank((1, 8, 8)), 32), (bank.spare((1, 8, 8)), 9)):
+    for probes, count in ((bank((1, 8, 8)), 64), (bank.spare((1, 8, 8)), 9)):
         assert len(probes) == count
         nearest = torch.cdist(probes.detach().flatten(1), known).amin(1)
         assert nearest.max() < 1e-3  # as they started
