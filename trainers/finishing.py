@@ -204,10 +204,10 @@ def promising(refined: Mapping[Way, Tensor]) -> bool:
         than the best number of them by more than the standard error over families.
     """
     plain = [way for way in REFINING if way[1:] == LONG[1:]]
+    none, most = min(plain), max(plain)
     best = max(plain, key=lambda way: float(refined[way].mean()))
-    lost, gain = (refined[way] - refined[max(plain)] for way in (best, min(plain)))  # [f], paired
-    error = float(lost.std()) / len(lost) ** 0.5 if len(lost) > 1 else 0.0
-    return bool(gain.mean() < 0) and bool(lost.mean() <= error)
+    gained, lost = refined[most] - refined[none], refined[best] - refined[most]  # [f], paired
+    return bool(gained.mean() > 0 and lost.mean() <= _error(lost))
 
 
 def chosen(refined: Mapping[Way, Tensor]) -> Way:
@@ -258,9 +258,14 @@ def settle(
 def _better(one: Way, other: Way, refined: Mapping[Way, Tensor]) -> Way:
     """The other where its gain over the first is worth something, and exceeds its error."""
     gain = refined[other] - refined[one]  # [f], paired
-    if len(gain) > 1 and gain.mean() > max(WORTH, gain.std() / len(gain) ** 0.5):
+    if len(gain) > 1 and gain.mean() > max(WORTH, _error(gain)):
         return other
     return one
+
+
+def _error(differences: Tensor) -> float:
+    """Standard error of a mean over families, ``[f]``; 0 of a single one."""
+    return float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
 
 
 def _plain(refined: Mapping[Way, Tensor]) -> Way:

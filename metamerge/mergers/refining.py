@@ -30,20 +30,22 @@ BETAS = (0.9, 0.999)  # of Adam
 DAMPING = 0.03  # smallest divisor of Adam's steps, relative to the first gradient
 ALONE = 400  # steps, at least, on given inputs without any probes beside them
 WATCHED = 2**27  # numbers in the widest maps of the members that are merged at a time
-KEPT = (
+SAME_ON_MADE = (
     "the members agree on nearly all inputs that were made from them: the one that agrees most "
-    "with the others is kept as it is. Pass a hundred inputs of their task or more (batches=) for "
-    "it to learn what all of them say."
+    "with the others is "
+)
+KEPT = SAME_ON_MADE + (
+    "kept as it is. Pass a hundred inputs of their task or more (batches=) for it to learn what "
+    "all of them say."
+)
+LEARNS_MADE = (
+    SAME_ON_MADE + "the start, and learns the consensus on these, as steps were asked for."
 )
 SAME_VOTES = (
     "the members cast the same votes on nearly all of the inputs: the one that agrees most with "
     "the others "
 )
 LEARNS = SAME_VOTES + "is the start, and learns the soft vote of all on the inputs."
-LEARNS_MADE = (
-    "the members agree on nearly all inputs that were made from them: the one that agrees most "
-    "with the others is the start, and learns the consensus on these, as steps were asked for."
-)
 FROM_MEMBER = (
     "the member that says most of what the consensus says is the start, and learns the consensus: "
     "validation families preferred it to the fused network when the merger was trained."

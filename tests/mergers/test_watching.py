@@ -97,6 +97,10 @@ def test_spare_probes_stay_beside_what_is_watched_while_probes_are_of_use(
     assert len(beside.inputs) == 48 + 7 * useful
     assert torch.equal(beside.spare, watched.spare)
     assert "48 learned probes" in beside.told
+    report = {}
+    fuse_beside(merger, one, mlp_case.layout, few, steps=1, report=report)
+    assert "48 learned probes" in report["watched_on"]
+    assert report["watched_on"].endswith(" (and 9 spare ones to refine on)")
     beside = watched_beside(merger, one, mlp_case.layout, many)
     assert (beside.spare is None) == useful  # many inputs that are of use stand alone
     assert watched_inputs(make_merger(), one, mlp_case.layout)[0].spare is None
