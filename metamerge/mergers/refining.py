@@ -335,7 +335,7 @@ def descend(
         for step in range(1, steps + 1):
             if time.monotonic() - said >= PAUSE:
                 said = time.monotonic()
-                log.info("step %d of %d, %d networks", step, steps, len(trained[keys[0]]))
+                log.info("step %d of %d, networks: %d", step, steps, len(trained[keys[0]]))
             value = loss({**weights, **_tied(trained, layout)}).sum()
             grads = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
             with torch.no_grad():

@@ -98,7 +98,7 @@ def test_long_descents_say_how_far_they_are(mlp_case, monkeypatch, caplog):
         assert not caplog.messages  # short ones say nothing
         monkeypatch.setattr(refining, "PAUSE", 0.0)
         descend(start, mlp_case.layout, loss, steps=3, lr=0.1)
-    assert caplog.messages == [f"step {n} of 3, 2 networks" for n in (1, 2, 3)]
+    assert caplog.messages == [f"step {n} of 3, networks: 2" for n in (1, 2, 3)]
 
 
 def test_descending_changes_nothing_in_place_and_shares_no_memory(mlp_case):
