@@ -35,13 +35,13 @@ FASHION_SKEWED = ZooOptions(
     validation_families=24,
     test_families=24,
 )
-FASHION_CNN = ZooOptions(
+FASHION_CNN = ZooOptions(  # members and their ensemble as in the setting that 84.2 is from
     **FASHION,
-    **CNN,
+    **{**CNN, "lr": 1e-2},
     members=(8,),
     split="disjoint",
     segment_size=4000,
-    epochs=5,
+    epochs=4,
     train_families=8,
     validation_families=4,
     test_families=12,
