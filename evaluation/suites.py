@@ -96,6 +96,8 @@ CNN_MERGER = {
     "noise": 0.0,
 }
 RESNET_MERGER = {**CNN_MERGER, "probes": 128, "garbage": 0.5}  # with .25 poisoned pairs failed
+# With layer norm validation families gain nothing by them.
+SPARE: dict[str, dict[str, int]] = {"batch": {"spare": 3072}, "layer": {}}
 ON_DIGITS = {"target": 1.0, "steps": 100}
 UNIVERSAL = Training(  # the merger that comes with the package: a prior knows its task
     (MNIST_SKEWED, *MNIST_MIXED, DIGITS),
@@ -233,7 +235,7 @@ MERGERS = (
             name=f"cifar-{zoo.norm}{suffix}",
             target=f"{network}: above matching + repair at every K, within 2 points of the best "
             "member at K=2",
-            mergers=(Training((zoo,), {**RESNET_MERGER, **options}),),
+            mergers=(Training((zoo,), {**RESNET_MERGER, **SPARE[zoo.norm], **options}),),
             compare={"full": False, **budget},
             goals=(
                 *(
