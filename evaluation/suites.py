@@ -96,7 +96,7 @@ CNN_MERGER = {
     "noise": 0.0,
 }
 RESNET_MERGER = {**CNN_MERGER, "probes": 128, "garbage": 0.5}  # with .25 poisoned pairs failed
-# With layer norm validation families gain nothing by them.
+# Spare probes pay with batch norm; with layer norm validation families gain nothing by them.
 SPARE: dict[str, dict[str, int]] = {"batch": {"spare": 3072}, "layer": {}}
 ON_DIGITS = {"target": 1.0, "steps": 100}
 UNIVERSAL = Training(  # the merger that comes with the package: a prior knows its task
